@@ -1,0 +1,246 @@
+"""Any task of EleutherAI's lm-evaluation-harness, by name: packaged, ours, or a task file in the data folder.
+
+Gao et al., "A framework for few-shot language model evaluation" (lm-eval 0.4). The world's own tasks are task
+files in ``evaluations/tasks/``: authors_forget, authors_retain, authors_real_authors, authors_world_facts,
+authors_holdout, authors_generate, authors_rolling. Packaged tasks read local copies of their data where
+``--config data=DIR`` has them; what was mapped is noted. A model that is spoken to in chat form is scored in it.
+
+lm-eval's own results are kept as ``lm_eval.json`` beside the record. Standard errors of accuracies are lm-eval's
+formula, those of other metrics a seeded bootstrap of 200 draws where lm-eval offers one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt
+
+from methods.stage import Row, Scoring
+
+if TYPE_CHECKING:
+    from methods.data import Style
+
+USES = (
+    "methods.data",
+    "methods.world",
+    "methods.checkpoint",
+    "evaluations._lm_eval_data",
+    "evaluations._lm_eval_tasks",
+    "evaluations._unlearning",
+    "evaluations._world_tasks",
+)
+BOOTSTRAP_DRAWS = 200
+SEED = 1234
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    # Tasks, groups or tags by lm-eval's names, or files below the data folder that end in .yaml.
+    tasks: tuple[str, ...]
+    # Sequences scored at once: fixed, because on a GPU it can move the last bits of a score.
+    batch: Annotated[int, Gt(0)] = 16
+    # First documents of each task that are used; None for all.
+    limit: Annotated[int, Gt(0)] | None = None
+    # Worked examples before each question; None for what each task says.
+    fewshot: Annotated[int, Ge(0)] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError("tasks needs at least one task.")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("tasks names a task twice.")
+
+
+def evaluate(scoring: Scoring) -> list[Row]:
+    """Run the tasks; one row per task and metric, groups beside their members."""
+    from methods.data import Style
+
+    style = Style.read(scoring.parents["model"])
+    with _quiet():
+        results, said = _run(scoring, style)
+    scoring.notes |= {
+        "local_data": said,
+        "batch": scoring.config.batch,
+        "task_versions": {name: _plain(version) for name, version in results["versions"].items()},
+        "task_hashes": results["task_hashes"],
+    }
+    text = json.dumps(_plain(results), indent=1, ensure_ascii=False)
+    (scoring.folder / "lm_eval.json").write_text(text + "\n", encoding="utf-8")
+    return _rows(results, scoring.config, style, said)
+
+
+def _run(scoring: Scoring, style: Style) -> tuple[dict[str, Any], dict[str, str]]:
+    from lm_eval.evaluator import evaluate as run
+
+    from evaluations._lm_eval_data import Supply
+    from evaluations._lm_eval_tasks import load
+
+    config, supply = scoring.config, Supply(scoring.data)
+    _seed()
+    loaded = load(config.tasks, supply, scoring.trust_tasks)
+    for task in loaded["tasks"].values():
+        _set_shots(task, config.fewshot)
+    chat = style.prompt == "chat"
+    results = run(
+        _language_model(scoring, style),
+        loaded,
+        limit=config.limit,
+        bootstrap_iters=BOOTSTRAP_DRAWS,
+        log_samples=True,
+        system_instruction=style.system if chat else None,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
+    return _kept(results, config), supply.said
+
+
+def _seed() -> None:
+    """Some packaged tasks shuffle their choices when they are built."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+def _set_shots(task: Any, shots: int | None) -> None:
+    """As lm-eval's own command does it: a task that says 0 stays at 0, one that says nothing gets 0."""
+    stated = task.get_config("num_fewshot")
+    if shots is not None and stated != 0:
+        task.set_config(key="num_fewshot", value=shots)
+    elif stated is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=SEED)
+
+
+def _language_model(scoring: Scoring, style: Style) -> Any:
+    """lm-eval's view of the loaded model. The tokenizer is a copy: lm-eval gives it a padding token."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):  # type: ignore[misc]
+        """HFLM whose progress bars only show on a terminal."""
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=_no_bars())
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().generate_until(requests, disable_tqdm=_no_bars())
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **rest: Any) -> Any:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=_no_bars() or "override_bs" in rest, **rest)
+
+    return Model(
+        pretrained=scoring.model(),
+        tokenizer=deepcopy(scoring.tokenizer()),
+        batch_size=scoring.config.batch,
+        chat_template_args={"date_string": style.date_string} if style.prompt == "chat" else None,
+    )
+
+
+def _no_bars() -> bool:
+    return not sys.stderr.isatty()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Only errors of lm-eval and datasets are shown, and the bootstrap starts no processes."""
+    import datasets
+
+    logger = logging.getLogger("lm_eval")
+    level, variable = logger.level, os.environ.get("DISABLE_MULTIPROC")
+    logger.setLevel(logging.ERROR)
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        datasets.enable_progress_bars()
+        os.environ.pop("DISABLE_MULTIPROC")
+        if variable is not None:
+            os.environ["DISABLE_MULTIPROC"] = variable
+
+
+# --- results ---------------------------------------------------------------------------------------------------
+
+
+def _kept(results: Any, config: Config) -> dict[str, Any]:
+    """lm-eval's results without samples and host details, with hashes and the settings a model object hides."""
+    from importlib.metadata import version
+
+    from lm_eval.utils import hash_string
+
+    from evaluations._lm_eval_tasks import versions_of
+
+    samples = results["samples"]
+    hashes = {
+        name: hash_string("".join(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in found))
+        for name, found in samples.items()
+    }
+    kept = {key: value for key, value in results.items() if key not in ("samples", "configs")}
+    settings = {"batch_size": config.batch, "limit": config.limit, "num_fewshot": config.fewshot}
+    return {
+        **kept,
+        "configs": versions_of(results["configs"]),
+        "task_hashes": hashes,
+        "config": {**settings, "bootstrap_iters": BOOTSTRAP_DRAWS, "fewshot_seed": SEED, "lm_eval": version("lm_eval")},
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only: numpy scalars become numbers, everything else text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        return value.item()
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def _rows(results: dict[str, Any], config: Config, style: Style, said: dict[str, str]) -> list[Row]:
+    rows = []
+    for name, found in results["results"].items():
+        task = _task(name, config, style, said)
+        for key, value in found.items():
+            metric, comma, chosen = key.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                stderr = found.get(f"{metric}_stderr,{chosen}")
+                shown = metric if chosen == "none" else f"{metric}:{chosen}"
+                better = results["higher_is_better"].get(name, {}).get(metric)
+                rows.append(_row(task, shown, value, stderr, found.get("sample_len"), better))
+    return rows
+
+
+def _row(task: str, metric: str, value: Any, stderr: Any, n: Any, better: bool | None) -> Row:
+    way: Literal["higher", "lower", ""] = "" if better is None else "higher" if better else "lower"
+    error = None if stderr in (None, "N/A") else float(stderr)
+    unit = "bits/byte" if metric == "bits_per_byte" else ""
+    return Row(task, metric, float(value), error, None if n is None else int(n), unit, way)
+
+
+def _task(name: str, config: Config, style: Style, said: dict[str, str]) -> str:
+    """The task's name and every setting that can move its score."""
+    words = [name]
+    if name == "blimp" and "blimp" in said:
+        words.append("subtasks=" + "/".join(word for word in said["blimp"].split() if word.rstrip(",").isdigit()))
+    if config.fewshot is not None:
+        words.append(f"shots={config.fewshot}")
+    if style.prompt == "chat":
+        words.append("chat")
+    if config.limit is not None:
+        words.append(f"limit={config.limit}")
+    return " ".join(words)

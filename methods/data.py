@@ -1,0 +1,448 @@
+"""From named data sets to padded batches: prompt styles, encoding, collation, order, and new tokenizers.
+
+The prompt is masked here, once, and labels are never shifted here: ``methods.terms.forward`` does that, once.
+A prompt and its answer are tokenised apart and joined, so no token ever straddles the boundary and the number of
+masked positions is exact; the token that ends an answer stays a target.
+
+``B`` is sequences, ``T`` positions. torch, transformers and tokenizers are imported on use: the planner reads
+this module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from methods.find import nearest
+from methods.sources import Locator, Row
+from methods.stage import AssayError, Count
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = [
+    "REVISION",
+    "Example",
+    "Locator",
+    "Part",
+    "Sampler",
+    "Style",
+    "byte_bpe",
+    "collate",
+    "encode",
+    "encode_pairs",
+    "encode_text",
+    "padding_id",
+    "train_tokenizer",
+]
+
+REVISION = 1
+IGNORED = -100
+
+
+# --- batches ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One padded batch of sequences, padded on the right: a named part of what a step sees.
+
+    ``labels`` [B,T] are unshifted, ``IGNORED`` where nothing is to be predicted. ``targets`` and ``mask``
+    [B,T-1] are what the first T-1 positions predict. The counts remember ``name``, so that the loop can add
+    them up over the global batch.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    name: str
+
+    @property
+    def targets(self) -> Tensor:
+        return self.labels[:, 1:]
+
+    @property
+    def mask(self) -> Tensor:
+        return self.targets != IGNORED
+
+    @property
+    def tokens(self) -> Count:
+        """Targets that count."""
+        return Count(float(self.mask.sum()), f"{self.name}.tokens")
+
+    @property
+    def sequences(self) -> Count:
+        return Count(float(self.labels.shape[0]), f"{self.name}.sequences")
+
+    @property
+    def positions(self) -> Count:
+        """Every position, padding included."""
+        return Count(float(self.labels.numel()), f"{self.name}.positions")
+
+    @property
+    def answer_lengths(self) -> Tensor:
+        """Labels that count, per sequence [B], from the unshifted labels."""
+        return (self.labels != IGNORED).sum(1)
+
+    def to(self, device: torch.device | str) -> Part:
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence before padding; ``labels`` has the length of ``input_ids``."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+def collate(examples: Sequence[Example], padding_id: int, name: str) -> Part:
+    """Pad on the right to the longest sequence; padding is masked in attention and labels alike."""
+    import torch
+
+    width = max(len(example.input_ids) for example in examples)
+
+    def padded(rows: Sequence[tuple[int, ...]], filler: int) -> Tensor:
+        return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], dtype=torch.int64)
+
+    return Part(
+        input_ids=padded([example.input_ids for example in examples], padding_id),
+        attention_mask=padded([(1,) * len(example.input_ids) for example in examples], 0),
+        labels=padded([example.labels for example in examples], IGNORED),
+        name=name,
+    )
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The id to pad with: any valid one will do, because padding is masked by position and not by id."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+class Sampler:
+    """A fixed order of ``count`` rows: every epoch is a new permutation drawn from (seed, epoch) alone.
+
+    So step ``n`` has the same rows whether the run got there in one go or was resumed. A batch that reaches
+    the end of an epoch goes on in the next.
+    """
+
+    def __init__(self, count: int, seed: int | str) -> None:
+        if count < 1:
+            raise AssayError("there are no rows to draw batches from: the data set is empty.")
+        self.count = count
+        self.seed = seed
+        self._orders: dict[int, list[int]] = {}
+
+    def batch(self, step: int, size: int) -> list[int]:
+        """Row numbers of the ``size`` rows of 0-based ``step``."""
+        return [self._row(position) for position in range(step * size, (step + 1) * size)]
+
+    def _row(self, position: int) -> int:
+        epoch, place = divmod(position, self.count)
+        if epoch not in self._orders:
+            # A batch touches two epochs at most when it is smaller than one; older ones will not come back.
+            self._orders = {old: order for old, order in self._orders.items() if old == epoch - 1}
+            self._orders[epoch] = self._permutation(epoch)
+        return self._orders[epoch][place]
+
+    def _permutation(self, epoch: int) -> list[int]:
+        # Only random() is promised to give the same values in every Python version.
+        draw = random.Random(f"{self.seed}/{epoch}").random
+        return sorted(range(self.count), key=lambda _: draw())
+
+
+# --- prompt styles ----------------------------------------------------------------------------------------
+
+Prompt = Literal["question_answer", "chat", "plain"]
+STYLE_FILE = "assay.json"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a model is spoken to; it travels with the model as ``assay.json``.
+
+    ``question_answer``: ``Question: ...\\nAnswer:`` and a blank before the answer. ``plain``: the question as it
+    is, and a blank. ``chat``: the tokenizer's own template, with ``system`` as the system message.
+    """
+
+    prompt: Prompt = "question_answer"
+    # The system message of a chat; None leaves it to the template.
+    system: str | None = None
+    # The date a template may print: fixed, because a prompt that changes every day makes no result repeatable.
+    date_string: str = "26 Jul 2024"
+
+    def prompt_text(self, question: str, tokenizer: Any) -> str:
+        """Everything that stands before the answer, special tokens of a chat included."""
+        if self.prompt == "question_answer":
+            return f"Question: {question}\nAnswer:"
+        if self.prompt == "plain":
+            return question
+        return self._rendered(tokenizer, self._messages(question), add_generation_prompt=True)
+
+    def answer_text(self, answer: str) -> str:
+        """The answer as it follows the prompt: a chat's header ends in a line break, other prompts need a blank."""
+        return answer if self.prompt == "chat" else f" {answer}"
+
+    def answer_end(self, tokenizer: Any) -> tuple[int, ...]:
+        """What ends an answer: the end-of-sequence token, in a chat whatever the template closes the turn with.
+
+        Of a chat's closing text only the part up to its first special token counts; generation stops there.
+        """
+        if self.prompt == "chat":
+            messages = [*self._messages("question"), {"role": "assistant", "content": _PROBE}]
+            tail = self._rendered(tokenizer, messages, add_generation_prompt=False).rpartition(_PROBE)[2]
+            closing = _ids(tokenizer, [tail])[0]
+            special = [place for place, token in enumerate(closing) if token in tokenizer.added_tokens_decoder]
+            if special:
+                return tuple(closing[: special[0] + 1])
+        if tokenizer.eos_token_id is None:
+            raise AssayError("this tokenizer has no end-of-sequence token, so no answer can be ended.")
+        return (int(tokenizer.eos_token_id),)
+
+    def template_options(self) -> dict[str, Any]:
+        """What a chat template needs to be given so that it never asks for today's date."""
+        return {"date_string": self.date_string, "strftime_now": lambda _format: self.date_string}
+
+    def _messages(self, question: str) -> list[dict[str, str]]:
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        return [*system, {"role": "user", "content": question}]
+
+    def _rendered(self, tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        if not tokenizer.chat_template:
+            raise AssayError("prompt 'chat' needs a tokenizer with a chat template: use 'question_answer' instead.")
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.template_options()
+        )
+        return text
+
+    @classmethod
+    def read(cls, folder: Path) -> Style:
+        """The style of a model folder; without ``assay.json``, ``chat`` where there is a chat template."""
+        path = folder / STYLE_FILE
+        if not path.is_file():
+            return cls(prompt="chat" if _has_chat_template(folder) else "question_answer")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise AssayError(f"{path} is no JSON: {error}.") from error
+        return cls._checked(found, path)
+
+    @classmethod
+    def _checked(cls, found: Any, path: Path) -> Style:
+        if not isinstance(found, dict):
+            raise AssayError(f"{path} must be an object with the keys {', '.join(asdict(cls()))}.")
+        for key in found:
+            if key not in asdict(cls()):
+                raise AssayError(f"{path} has an unknown key {key!r}{nearest(key, asdict(cls()))}")
+        style = cls(**found)
+        if style.prompt not in get_args(Prompt):
+            raise AssayError(f"{path}: unknown prompt {style.prompt!r}{nearest(str(style.prompt), get_args(Prompt))}")
+        if not isinstance(style.date_string, str) or not isinstance(style.system, str | None):
+            raise AssayError(f"{path}: system and date_string must be text.")
+        return style
+
+    def write(self, folder: Path) -> None:
+        """Write ``assay.json`` into a model folder."""
+        text = json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        (folder / STYLE_FILE).write_text(text, encoding="utf-8")
+
+
+# Stands for an answer while looking for what a template puts after it.
+_PROBE = "assay-answer"
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
+
+
+# --- encoding ---------------------------------------------------------------------------------------------
+
+
+def encode(rows: Sequence[Row], tokenizer: Any, style: Style, context_tokens: int) -> list[Example]:
+    """Question-answer rows as pairs, text rows as windows; AssayError for anything else."""
+    if all("question" in row and "answer" in row for row in rows):
+        return encode_pairs(rows, tokenizer, style, context_tokens)
+    if all("text" in row for row in rows):
+        return encode_text(rows, tokenizer, context_tokens)
+    columns = sorted({column for row in rows for column in row})
+    raise AssayError(
+        f"rows to train on need the columns question and answer, or text, and all the same; these have: {', '.join(columns)}."
+    )
+
+
+def encode_pairs(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    style: Style,
+    context_tokens: int,
+    question: str = "question",
+    answer: str = "answer",
+) -> list[Example]:
+    """One example per row: the prompt masked, the answer and its end as targets.
+
+    Longer sequences are cut at ``context_tokens`` from the right. AssayError names a row without the columns, or
+    one whose answer would be cut away altogether.
+    """
+    prompts = [style.prompt_text(_column(row, question, number), tokenizer) for number, row in enumerate(rows)]
+    answers = [style.answer_text(_column(row, answer, number)) for number, row in enumerate(rows)]
+    # A chat template writes the begin token itself; any other prompt starts as the tokenizer starts a text.
+    start = [] if style.prompt == "chat" else _start_ids(tokenizer)
+    prompt_ids = _ids(tokenizer, prompts)
+    answer_ids = _ids(tokenizer, [_without_double_blank(tokenizer, text) for text in answers])
+    end = style.answer_end(tokenizer)
+    return [
+        _pair([*start, *prompt], [*reply, *end], context_tokens, number, prompts[number])
+        for number, (prompt, reply) in enumerate(zip(prompt_ids, answer_ids, strict=True))
+    ]
+
+
+def encode_text(rows: Sequence[Row], tokenizer: Any, context_tokens: int) -> list[Example]:
+    """Windows of ``context_tokens`` over the joined text, every token a target; the last may be shorter.
+
+    Rows are lines: each is ended by one line break unless it has one. A tokenizer that begins texts with a
+    special token begins every window with it. AssayError where the text is shorter than two tokens.
+    """
+    text = "".join(
+        line if line.endswith("\n") else f"{line}\n" for line in (_column(row, "text", at) for at, row in enumerate(rows))
+    )
+    start = _start_ids(tokenizer)
+    ids = _ids(tokenizer, [text])[0]
+    step = context_tokens - len(start)
+    if step < 1:
+        raise AssayError(f"context_tokens={context_tokens} leaves no room for text: give at least {len(start) + 2}.")
+    windows = [(*start, *ids[at : at + step]) for at in range(0, len(ids), step)]
+    examples = [Example(window, window) for window in windows if len(window) > 1]
+    if not examples:
+        raise AssayError("the text is shorter than two tokens: there is nothing to predict.")
+    return examples
+
+
+def _pair(prompt: list[int], answer: list[int], context_tokens: int, number: int, text: str) -> Example:
+    if len(prompt) >= context_tokens:
+        raise AssayError(
+            f"row {number} ({text[-60:]!r}) has a prompt of {len(prompt)} tokens, so that no token of its answer fits: "
+            f"raise context_tokens={context_tokens} or leave the row out."
+        )
+    return Example(
+        tuple([*prompt, *answer][:context_tokens]),
+        tuple([*[IGNORED] * len(prompt), *answer][:context_tokens]),
+    )
+
+
+def _column(row: Row, column: str, number: int) -> str:
+    value = row.get(column)
+    if not isinstance(value, str):
+        found = "it is missing" if column not in row else f"it is {value!r}"
+        raise AssayError(f"row {number}: column {column!r} must be text, but {found}; columns: {', '.join(row)}.")
+    return value
+
+
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    with _one_thread():
+        found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return found
+
+
+def _start_ids(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer itself puts before a text."""
+    bare = _ids(tokenizer, ["a"])[0]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start]
+    return []
+
+
+def _without_double_blank(tokenizer: Any, text: str) -> str:
+    """Tokenizers in the manner of sentencepiece put a blank before every text: then ours would be a second one."""
+    first = tokenizer.convert_ids_to_tokens(_ids(tokenizer, ["a"])[0][:1])[0]
+    return text.removeprefix(" ") if str(first).startswith("▁") else text
+
+
+# --- new tokenizers ---------------------------------------------------------------------------------------
+
+SPECIALS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+
+
+def train_tokenizer(locator: Locator, names: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of ``vocabulary`` entries, 256 bytes and 3 special tokens included.
+
+    It is trained on the rows of the named data sets as they are trained on (``Question: ...`` or text). The same
+    rows give the same tokenizer, in any process. It adds no special token by itself.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    texts = [_training_text(row) for name in names for row in locator.rows(name)]
+    trained = byte_bpe(texts, vocabulary, list(SPECIALS.values()))
+    return PreTrainedTokenizerFast(tokenizer_object=trained, clean_up_tokenization_spaces=False, **SPECIALS)
+
+
+def byte_bpe(texts: Sequence[str], vocabulary: int, specials: Sequence[str]) -> Tokenizer:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016; over bytes as in GPT-2), special tokens first.
+
+    AssayError where the texts hold too few pairs for the vocabulary, or it is too small for the bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocabulary < 256 + len(specials):
+        raise AssayError(f"vocabulary={vocabulary} is too small: bytes and special tokens are {256 + len(specials)}.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(specials),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    with _one_thread():
+        tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocabulary:
+        raise AssayError(
+            f"the text has only enough for a vocabulary of {tokenizer.get_vocab_size()}: "
+            f"lower vocabulary={vocabulary} or name more data."
+        )
+    return tokenizer
+
+
+def _training_text(row: Mapping[str, Any]) -> str:
+    if "text" in row:
+        return str(row["text"])
+    if "question" in row and "answer" in row:
+        return f"{Style().prompt_text(row['question'], None)} {row['answer']}"
+    raise AssayError(f"a tokenizer is trained on question and answer, or text; these rows have: {', '.join(row)}.")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep the tokenizers library from starting threads: the order of its counts, and forks, stay safe."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -1,0 +1,49 @@
+"""Knowledge distillation: the student's next-token distribution is pulled towards the teacher's.
+
+Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network".
+
+    L = (1 - alpha) * CE  +  alpha * T**2 * 1/M sum_{b,t} D( p_T || q_T )[b,t]
+    p_T = softmax(z_teacher / T),  q_T = softmax(z_student / T),  M = answer tokens of the batch
+
+``T**2`` keeps the gradient's size when T changes; trl's GKD trainer and jongwooko/distillm leave it out
+(``scale_by_temperature=False``), and the latter returns the cross-entropy -sum p log q: another value, the same gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le
+
+from methods.distill import DistillBatch, Distilling, answer_kl
+from methods.stage import Claim, Terms
+from methods.terms import answer_nll, forward, frozen
+
+SEEDED = True
+USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Distilling):
+    """The shared recipe, and how the teacher's distribution is mixed with the labels."""
+
+    # share of the divergence; the rest is the cross-entropy on the labels (1: the teacher alone)
+    alpha: Annotated[float, Ge(0), Le(1)] = 1.0
+    # multiply the divergence by T**2, as Hinton et al. do
+    scale_by_temperature: bool = True
+
+
+CLAIMS: tuple[Claim, ...] = ()
+
+
+def loss(config: Config, student: Any, teacher: Any, batch: DistillBatch) -> Terms:
+    """``kl``: T**2 times the mean divergence over answer tokens; ``cross_entropy`` where alpha < 1."""
+    part = batch.train
+    outputs = forward(student, part)
+    scale = config.temperature**2 if config.scale_by_temperature else 1.0
+    wanted = frozen(teacher, part)
+    terms = {"kl": answer_kl(part, wanted, outputs, config.temperature, config.alpha * scale)}
+    if config.alpha < 1:
+        terms["cross_entropy"] = answer_nll(part, outputs, 1 - config.alpha)
+    return terms

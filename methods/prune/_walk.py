@@ -1,0 +1,151 @@
+"""Walks the blocks of a decoder for pruners that look at activations, and saves where the walk stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from methods.stage import AssayError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from methods.progress import Progress
+
+REVISION = 1
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's decoder blocks in order, or a sentence for a model that is built otherwise."""
+    from torch import nn
+
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise AssayError(f"pruning needs a decoder with a list of layers; {type(model).__name__} has none.")
+    return layers
+
+
+def linear_weights(model: PreTrainedModel, blocks: int | None = None) -> Iterator[str]:
+    """Full names of the weights that pruning may touch, in the order of the blocks."""
+    from torch import nn
+
+    layers = decoder_layers(model)
+    wanted = {
+        id(part) for layer in layers[:blocks] for part in layer.modules() if isinstance(part, nn.Linear)
+    }
+    for name, part in model.named_modules():
+        if id(part) in wanted:
+            yield f"{name}.weight"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block with its inputs for every calibration sequence."""
+
+    index: int
+    module: nn.Module
+    inputs: list[Tensor]  # one [1,T,d] per sequence
+    settings: list[Mapping[str, Any]]  # the other arguments of the block, per sequence
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The block's linear layers by name, in the order they were defined."""
+        from torch import nn
+
+        return {name: part for name, part in self.module.named_modules() if isinstance(part, nn.Linear)}
+
+    def run(self) -> list[Tensor]:
+        """The block's outputs with the weights it has now, one [1,T,d] per sequence."""
+        import torch
+
+        with torch.no_grad():
+            return [
+                first(self.module(hidden, **settings))
+                for hidden, settings in zip(self.inputs, self.settings, strict=True)
+            ]
+
+    def run_watched(self, see: Any) -> None:
+        """Run all sequences; ``see(name, x)`` gets the input [tokens, in] of every linear layer."""
+        with ExitStack() as stack:
+            for name, linear in self.linears().items():
+
+                def hook(_module: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
+                    see(name, arguments[0].flatten(0, -2))
+
+                handle = linear.register_forward_pre_hook(hook)
+                stack.callback(handle.remove)
+            self.run()
+
+
+def first(output: Any) -> Tensor:
+    """The hidden states among what a block returns: some models return a tuple."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def walk(model: PreTrainedModel, sequences: list[Tensor]) -> Iterator[Block]:
+    """Yield the decoder blocks in order; each sees the outputs of its predecessors *as they are by then*.
+
+    Whatever the caller changes in a block before asking for the next one is what the next one's inputs
+    are computed with. Memory: the hidden states of all sequences at one depth.
+    """
+    layers = decoder_layers(model)
+    inputs, settings = first_inputs(model, sequences)
+    for index, module in enumerate(layers):
+        block = Block(index, module, inputs, settings)
+        yield block
+        if index + 1 < len(layers):
+            inputs = block.run()
+
+
+class _Caught(Exception):
+    """Ends a forward pass once the first block's arguments are known."""
+
+
+def first_inputs(
+    model: PreTrainedModel, sequences: list[Tensor]
+) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
+    """What the first decoder block is called with: hidden states and other arguments, per sequence."""
+    import torch
+
+    inputs: list[Tensor] = []
+    settings: list[Mapping[str, Any]] = []
+
+    def catch(_module: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+        inputs.append(arguments[0])
+        settings.append(keywords)
+        raise _Caught
+
+    handle = decoder_layers(model)[0].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for sequence in sequences:
+            with torch.no_grad(), suppress(_Caught):
+                model(input_ids=sequence.to(model.device), use_cache=False)
+    finally:
+        handle.remove()
+    return inputs, settings
+
+
+# --- state of a long walk -----------------------------------------------------------------------------------
+
+
+def resume(model: PreTrainedModel, progress: Progress) -> int:
+    """Put the masks of an interrupted walk back; returns how many blocks they cover."""
+    import torch
+
+    state = progress.load()
+    if state is None:
+        return 0
+    with torch.no_grad():
+        for name, pruned in state.tensors.items():
+            model.get_parameter(name).masked_fill_(pruned.to(model.device), 0.0)
+    return int(state.step)
+
+
+def remember(model: PreTrainedModel, progress: Progress, blocks: int) -> None:
+    """Save the masks of the first ``blocks`` blocks when it is due; ends in Interrupted when asked to stop."""
+    if progress.due(blocks):
+        names = linear_weights(model, blocks)
+        progress.save(blocks, {name: model.get_parameter(name).data == 0 for name in names}, {})

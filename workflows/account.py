@@ -1,0 +1,66 @@
+"""The energy account of one job over all its attempts.
+
+``scratch/<id>/account.json`` holds what was spent so far. It is renewed at every saved state, so that an attempt
+that was killed has still paid for the work its successor builds on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from workflows.record import write_atomic
+
+
+class Account:
+    """Meters this attempt and adds what earlier attempts had spent."""
+
+    def __init__(self, scratch: Path, country: str, results: str) -> None:
+        self.path = scratch / "account.json"
+        self.country, self.results = country, results
+        earlier = self._read()
+        self.history: list[dict[str, Any]] = earlier["history"]
+        self.attempts: int = earlier["attempts"] + 1
+        self.meter: Any = None
+
+    def _read(self) -> dict[str, Any]:
+        if not self.path.is_file():
+            return {"attempts": 0, "history": []}
+        saved: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+        return saved
+
+    def start(self) -> None:
+        """Begin to meter; called after the imports, so that the energy covers the work."""
+        from workflows.energy import Meter
+
+        carried = self.history[-1] if self.history else None
+        visible = os.environ.get("ASSAY_CARDS", "")
+        self.meter = Meter(self.country, tuple(filter(None, visible.split(","))), carried)
+        self.meter.start()
+        self._write(self.history)
+
+    def save(self) -> dict[str, Any]:
+        """Write the running total; called with every saved state."""
+        if self.meter is not None:
+            self._write([*self.history, self.meter.running()])
+        return {}
+
+    def stop(self) -> dict[str, Any]:
+        """The whole account; the meter stops."""
+        total: dict[str, Any] = self.meter.stop()
+        self.history = [*self.history, total]
+        self.meter = None
+        return total
+
+    def abandon(self) -> dict[str, Any]:
+        """Stop after a failure and keep what was spent for the next attempt."""
+        if self.meter is None:
+            return {}
+        total = self.stop()
+        self._write(self.history)
+        return total
+
+    def _write(self, history: list[dict[str, Any]]) -> None:
+        write_atomic(self.path, json.dumps({"attempts": self.attempts, "history": history}))

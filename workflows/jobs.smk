@@ -1,0 +1,74 @@
+# One rule a family, so that people can read the graph and give each family its resources. All do the same: hand a
+# frozen job to Python and leave a receipt, the only kind of file Snakemake owns.
+
+
+rule prepare:
+    output:
+        RUN.receipt("prepare"),
+    params:
+        command=RUN.command("workflows.prepare"),
+    shell:
+        "{params.command} {output:q}"
+
+
+rule report:
+    input:
+        RUN.all_receipts(),
+    output:
+        RUN.receipt("report"),
+    params:
+        command=RUN.command("workflows.collect"),
+        settings=RUN.arguments,
+    shell:
+        "{params.command} {params.settings} && touch {output:q}"
+
+
+rule model:
+    input:
+        lambda wildcards: RUN.needs(wildcards.id),
+    output:
+        RUN.pattern("model"),
+    params:
+        command=RUN.command("workflows.job"),
+    threads: lambda wildcards: RUN.threads(wildcards.id)
+    resources:
+        gpu=lambda wildcards: RUN.gpus(wildcards.id),
+        mem_mb=lambda wildcards, attempt: RUN.memory_mb(wildcards.id, attempt),
+        runtime=lambda wildcards, attempt: RUN.runtime_minutes(wildcards.id, attempt),
+    shell:
+        "{params.command} {wildcards.id:q} {output:q}"
+
+
+use rule model as train with:
+    output:
+        RUN.pattern("train"),
+
+
+use rule model as unlearn with:
+    output:
+        RUN.pattern("unlearn"),
+
+
+use rule model as distill with:
+    output:
+        RUN.pattern("distill"),
+
+
+use rule model as prune with:
+    output:
+        RUN.pattern("prune"),
+
+
+use rule model as data with:
+    output:
+        RUN.pattern("data"),
+
+
+use rule model as runtime with:
+    output:
+        RUN.pattern("runtime"),
+
+
+use rule model as evaluate with:
+    output:
+        RUN.pattern("evaluate"),

@@ -1,0 +1,267 @@
+"""From the options of a call to a method's typed ``Config``: every default filled in, every mistake a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from methods import stage
+from methods.find import Catalogue, Found, nearest
+from methods.stage import AssayError, Component, How, Parent
+from workflows.notation import Call, Name, Value, format_call, format_value
+
+# Options that `scale=smoke` sets wherever a method or evaluation has them.
+SMOKE: dict[str, Any] = {
+    "steps": 2, "epochs": None, "batch": 4, "limit": 8, "sequences": 8, "generate": 4, "context_tokens": 64,
+    "probe_every": 1, "max_new_tokens": 8, "repeats": 1, "checkpoints": (), "warmup_steps": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OptionField:
+    """What is known of one option of a ``Config``."""
+
+    name: str
+    hint: Any
+    default: Any
+    how: bool
+    kind: str | None
+    reference: bool
+    optional: bool
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A call with its complete, validated config and everything it names."""
+
+    found: Found
+    config: Any
+    components: tuple[Found, ...]
+    references: tuple[tuple[str, Name], ...]
+    data: tuple[str, ...]
+    label: str
+
+
+Refer = Callable[[str, Name], Parent]
+
+
+def resolve(call: Call, found: Found, catalogue: Catalogue, refer: Refer, smoke: bool = False) -> Resolved:
+    """Complete and validate a call.
+
+    Args:
+        refer: turns a reference (option name, name as written) into the id of the result it means.
+    Raises:
+        AssayError: an unknown or missing option, a wrong type or value, with the nearest valid word.
+    """
+    builder = _Builder(catalogue, refer, smoke)
+    config = builder.config(call, found)
+    components = tuple({piece.name: piece for piece in builder.components}.values())
+    label = format_call(call.name, label_options(call, found.load().Config))
+    return Resolved(found, config, components, tuple(builder.references), tuple(builder.data), label)
+
+
+def label_options(call: Call, config_class: type) -> tuple[tuple[str, Value], ...]:
+    """Options in declaration order; those that equal their default are dropped."""
+    given = dict(call.options)
+    kept = []
+    for option in fields_of(config_class):
+        if option.name in given and not _equals_default(given[option.name], option.default):
+            kept.append((option.name, given[option.name]))
+    return tuple(kept)
+
+
+def _equals_default(value: Value, default: Any) -> bool:
+    return not isinstance(value, (Name, Call)) and type(value) is type(default) and bool(value == default)
+
+
+@cache
+def fields_of(config_class: type) -> tuple[OptionField, ...]:
+    """The options of a ``Config`` in declaration order."""
+    if not dataclasses.is_dataclass(config_class):
+        raise AssayError(f"{config_class.__module__}.Config must be a dataclass.")
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return tuple(_field(field, hints[field.name]) for field in dataclasses.fields(config_class))
+
+
+def _field(field: dataclasses.Field[Any], hint: Any) -> OptionField:
+    metadata = list(_metadata(hint))
+    kinds = [item.name for item in metadata if isinstance(item, stage._Kind)]
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    plain = list(_plain_types(hint))
+    return OptionField(
+        name=field.name,
+        hint=hint,
+        default=default,
+        how=How in metadata,
+        kind=kinds[0] if kinds else None,
+        reference=Parent in plain,
+        optional=type(None) in plain,
+    )
+
+
+def _metadata(hint: Any) -> Iterator[Any]:
+    if typing.get_origin(hint) is typing.Annotated:
+        yield from hint.__metadata__
+    for inner in typing.get_args(hint):
+        if not isinstance(inner, str):
+            yield from _metadata(inner)
+
+
+def _plain_types(hint: Any) -> Iterator[Any]:
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        yield from _plain_types(typing.get_args(hint)[0])
+    elif origin in (typing.Union, types.UnionType, tuple):
+        for inner in typing.get_args(hint):
+            yield from _plain_types(inner)
+    else:
+        yield hint
+
+
+@cache
+def _adapter(config_class: type, name: str) -> TypeAdapter[Any]:
+    hint = next(option.hint for option in fields_of(config_class) if option.name == name)
+    return TypeAdapter(hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+
+
+class _Builder:
+    """Walks one call and its components; collects what they use."""
+
+    def __init__(self, catalogue: Catalogue, refer: Refer, smoke: bool) -> None:
+        self.catalogue, self.refer, self.smoke = catalogue, refer, smoke
+        self.components: list[Found] = []
+        self.references: list[tuple[str, Name]] = []
+        self.data: list[str] = []
+
+    def config(self, call: Call, found: Found) -> Any:
+        config_class = found.load().Config
+        options = {option.name: option for option in fields_of(config_class)}
+        self.refuse_unknown(call, options)
+        given = dict(call.options)
+        values = {name: self.value(call.name, option, given) for name, option in options.items()}
+        checked = {name: self.check(call.name, options[name], config_class, value) for name, value in values.items()}
+        try:
+            return config_class(**checked)
+        except (ValueError, TypeError) as error:
+            raise AssayError(f"{call.name}: {error}") from None
+
+    def refuse_unknown(self, call: Call, options: dict[str, OptionField]) -> None:
+        for name, _ in call.options:
+            if name not in options:
+                raise AssayError(f"unknown option {name!r} for {call.name}{nearest(name, options)}")
+
+    def value(self, method: str, option: OptionField, given: dict[str, Value]) -> Any:
+        if self.smoke and option.name in SMOKE and option.kind is None:
+            value = SMOKE[option.name]
+            if value is None or not isinstance(given.get(option.name, option.default), (int, float)):
+                return value
+            return min(value, given.get(option.name, option.default))
+        if option.name in given:
+            return self.convert(method, option, given[option.name])
+        if option.default is dataclasses.MISSING:
+            raise AssayError(f"{method} needs the option {option.name!r}.")
+        return self.convert_default(method, option)
+
+    def convert_default(self, method: str, option: OptionField) -> Any:
+        if isinstance(option.default, Component):
+            options = tuple(option.default.options.items())
+            return self.component(method, option, Call(option.default.name, options))
+        return option.default
+
+    def convert(self, method: str, option: OptionField, value: Value) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self.convert(method, option, item) for item in value)
+        if isinstance(value, dict):
+            return {key: self.convert(method, option, item) for key, item in value.items()}
+        if isinstance(value, Name):
+            return self.reference(method, option, value)
+        if isinstance(value, Call):
+            return self.component(method, option, value)
+        if isinstance(value, str) and option.reference:
+            raise AssayError(f"{method}: write {option.name}={value}, without quotes.")
+        return value
+
+    def reference(self, method: str, option: OptionField, name: Name) -> Parent:
+        if option.reference:
+            self.references.append((option.name, name))
+            return self.refer(option.name, name)
+        kinds = self.catalogue.component_kinds(name.text)
+        if option.kind in kinds:
+            raise AssayError(f"{method}: {name.text} is a component; write {option.name}={name.text}().")
+        raise AssayError(f"{method}: {name.text} is no value for {option.name}; text needs quotes.")
+
+    def component(self, method: str, option: OptionField, call: Call) -> Component:
+        if option.kind is None or option.kind == "dataset":
+            raise AssayError(f"{method}: {option.name} takes no component, but {format_value(call)} is one.")
+        found = self.catalogue.component(option.kind, call.name)
+        self.components.append(found)
+        config = self.config(call, found)
+        return Component(call.name, {item.name: getattr(config, item.name) for item in fields_of(type(config))})
+
+    def check(self, method: str, option: OptionField, config_class: type, value: Any) -> Any:
+        if option.reference or (option.kind is not None and option.kind != "dataset"):
+            return self.check_part(method, option, value)
+        try:
+            checked = _adapter(config_class, option.name).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise AssayError(f"{method}: {option.name}={format_value(value)}: {reason[0].lower()}{reason[1:]}.") from None
+        if option.kind == "dataset" and checked is not None:
+            self.data.extend(checked if isinstance(checked, tuple) else (checked,))
+        return checked
+
+    def check_part(self, method: str, option: OptionField, value: Any) -> Any:
+        wanted = Parent if option.reference else Component
+        items = value if isinstance(value, tuple) else (value,)
+        for item in items:
+            if not (isinstance(item, wanted) or (item is None and option.optional)):
+                what = "the name of a chain or model" if option.reference else f"a component of kind {option.kind}"
+                raise AssayError(f"{method}: {option.name}={format_value(item)}: this option takes {what}.")
+        return value
+
+
+# --- JSON form ------------------------------------------------------------------------------------------------
+
+
+def encode(value: Any) -> Any:
+    """A config value as JSON: components and references are marked with ``$``."""
+    if isinstance(value, Component):
+        return {"$component": value.name, "options": {key: encode(item) for key, item in value.options.items()}}
+    if isinstance(value, Parent):
+        return {"$result": value.id}
+    if isinstance(value, (tuple, list)):
+        return [encode(item) for item in value]
+    if isinstance(value, dict):
+        return {key: encode(item) for key, item in value.items()}
+    return value
+
+
+def decode(value: Any) -> Any:
+    """The inverse of ``encode``; lists come back as tuples."""
+    if isinstance(value, dict) and "$component" in value:
+        return Component(value["$component"], {key: decode(item) for key, item in value["options"].items()})
+    if isinstance(value, dict) and "$result" in value:
+        return Parent(value["$result"])
+    if isinstance(value, dict):
+        return {key: decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(decode(item) for item in value)
+    return value
+
+
+def encode_config(config: Any, how: bool) -> dict[str, Any]:
+    """All options of a config, or (``how=False``) only those that say what is computed."""
+    chosen = (option for option in fields_of(type(config)) if how or not option.how)
+    return {option.name: encode(getattr(config, option.name)) for option in chosen}
+
+
+def decode_config(config_class: type, values: dict[str, Any]) -> Any:
+    """A method's ``Config`` from a frozen job file."""
+    return config_class(**{name: decode(value) for name, value in values.items()})

@@ -1,0 +1,101 @@
+"""What the runner checks of every result before it is published."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from methods.stage import AssayError, NotFinite
+from workflows.record import FileEntry, Job, Store
+
+# Spoken to in the same way: these files of the parent must reappear byte for byte.
+SPEECH = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "assay.json")
+
+
+def check(store: Store, job: Job, folder: Path) -> str:
+    """Check a stage's result. Returns the Auto class it loads with (empty for data and files).
+
+    Raises:
+        AssayError: nothing was written, a model does not load, lost a zero it had to keep, or changed how it is
+            spoken to. ``NotFinite``: a weight is not a finite number.
+    """
+    models = sorted(path for path in folder.glob("model*") if path.is_dir())
+    if not models:
+        if not any((folder / kind).is_dir() for kind in ("data", "files")):
+            raise AssayError(f"{job.method} wrote neither model/ nor data/ nor files/.")
+        return ""
+    parent = job.parents.get("model")
+    parent_folder = store.parent_folder(parent) if parent else None
+    for model in models:
+        _check_loads(job, model)
+        if parent_folder is not None:
+            _check_speech(job, parent_folder, model)
+            if job.config.get("keep_zeros", True):
+                _check_zeros(job, parent_folder, model)
+    return "AutoModelForCausalLM"
+
+
+def _check_loads(job: Job, folder: Path) -> None:
+    import torch
+
+    from methods.checkpoint import load_model, load_tokenizer
+
+    try:
+        model = load_model(folder, dtype="float32")
+        load_tokenizer(folder)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[1, 2, 3]], device=model.device)).logits
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise AssayError(f"{job.method} wrote a model that does not load: {error}") from error
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise NotFinite(f"{job.method} wrote a weight that is not finite: {name}.")
+    if not torch.isfinite(logits).all():
+        raise NotFinite(f"{job.method} wrote a model whose logits are not finite.")
+
+
+def _check_speech(job: Job, parent: Path, folder: Path) -> None:
+    for name in SPEECH:
+        if (parent / name).is_file():
+            if not (folder / name).is_file() or (parent / name).read_bytes() != (folder / name).read_bytes():
+                raise AssayError(f"{job.method} changed {name}: how a model is spoken to travels with it byte for byte.")
+
+
+def _check_zeros(job: Job, parent: Path, folder: Path) -> None:
+    after = dict(_tensors(folder))
+    for name, before in _tensors(parent):
+        now = after.get(name)
+        if now is None or now.shape != before.shape or before.ndim < 2:
+            continue
+        lost = int(((before == 0) & (now != 0)).sum())
+        if lost:
+            raise AssayError(f"{job.method} filled {lost} zeros of {name}; give keep_zeros=False if that is meant.")
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    from safetensors import safe_open
+
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        with safe_open(folder / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 — not a mapping
+                yield key, file.get_tensor(key)
+
+
+def files_of(folder: Path) -> list[FileEntry]:
+    """Every file of a result with its size and sha256 (the log and the record themselves aside)."""
+    entries = []
+    for path in sorted(item for item in folder.rglob("*") if item.is_file()):
+        relative = path.relative_to(folder).as_posix()
+        if relative not in ("log.txt", "record.json"):
+            with open(path, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            entries.append(FileEntry(path=relative, bytes=path.stat().st_size, sha256=sha256))
+    return entries

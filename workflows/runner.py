@@ -1,0 +1,356 @@
+"""What happens around a method: claim, meter, promises, record, atomic publication.
+
+A job writes to ``<id>.tmp-<uuid>/``; the runner checks the result, writes its record, syncs it and renames the
+folder. The first rename wins. A job that fails leaves ``failed/<id>.json`` and keeps its resumable state.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from methods.find import Found, catalogue
+from methods.stage import AssayError, Interrupted, NotFinite, Row, Scoring, Stage
+from workflows import code, machine, promises
+from workflows.account import Account
+from workflows.claim import Claim
+from workflows.options import decode_config
+from workflows.record import (
+    Failure,
+    Job,
+    Record,
+    RowEntry,
+    Store,
+    open_result,
+    read_job,
+    read_record,
+    write_atomic,
+)
+
+SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY")
+
+
+def run(job_id: str, results: Path, receipt: Path | None) -> None:
+    """Run a job (a leader score: its whole batch) unless its record is there, and leave the receipt."""
+    store = Store(results)
+    prepare_environment()
+    ids = _batch(job_id, receipt)
+    failures = []
+    models = None
+    for member in ids:
+        job = read_job(store.job(member))
+        if job.kind == "score" and models is None:
+            models = _models()
+        try:
+            _run_claimed(store, job, models)
+        except Interrupted:
+            raise
+        except AssayError as error:
+            failures.append(error)
+            print(f"assay: {member}: {error}", file=sys.stderr)
+    if failures:
+        raise failures[0] if len(ids) == 1 else AssayError(f"{len(failures)} of {len(ids)} scores failed.")
+    if receipt is not None:
+        receipt.parent.mkdir(parents=True, exist_ok=True)
+        receipt.touch()
+
+
+def _batch(job_id: str, receipt: Path | None) -> list[str]:
+    """The scores this leader runs; by hand a job runs alone."""
+    import json
+
+    path = receipt.parent / "batches.json" if receipt else None
+    if path is None or not path.is_file():
+        return [job_id]
+    batch: list[str] = json.loads(path.read_text(encoding="utf-8")).get(job_id, [job_id])
+    return batch
+
+
+def prepare_environment() -> None:
+    """Hub access off, secrets dropped: everything after ``prepare`` works from local files."""
+    for name in list(os.environ):
+        if any(word in name.upper() for word in SECRET_WORDS):
+            del os.environ[name]
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ[name] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _models() -> Any:
+    from methods.checkpoint import Models
+
+    return Models()
+
+
+def _run_claimed(store: Store, job: Job, models: Any) -> None:
+    if _done(store, job):
+        return
+    with Claim(store.root, job.id):
+        if not _done(store, job):
+            _Attempt(store, job, models).run()
+
+
+def _done(store: Store, job: Job) -> bool:
+    """A score is done with its record; a stage also needs what its readers read."""
+    return store.record(job.id).is_file() and (job.kind == "score" or store.has_weights(job.id))
+
+
+@dataclass
+class _Attempt:
+    """One attempt at one job."""
+
+    store: Store
+    job: Job
+    models: Any
+
+    def run(self) -> None:
+        self.begun = time.time()
+        self.started = time.monotonic()
+        self.found = self._found()
+        self._check_code()
+        self._check_parents()
+        self.temporary = self.store.result(self.job.id).with_name(f"{self.job.id}.tmp-{uuid.uuid4().hex[:8]}")
+        self.temporary.mkdir(parents=True)
+        self.account = Account(self.store.scratch(self.job.id), self.job.country, str(self.store.root))
+        try:
+            self._run_and_publish()
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def _run_and_publish(self) -> None:
+        with _logged(self.temporary / "log.txt"):
+            self._seed()
+            self.account.start()
+            start = time.monotonic()
+            notes, rows = self._stage() if self.job.kind == "stage" else self._score()
+            self.seconds_inside = time.monotonic() - start
+            auto_class = ""
+            if self.job.kind == "stage":
+                auto_class = promises.check(self.store, self.job, self.temporary)
+            self._publish(notes, rows, auto_class)
+
+    # - what is run
+
+    def _found(self) -> Found:
+        outside = tuple(Path(folder) for folder in self.job.methods)
+        table = catalogue(outside)
+        return table.method(self.job.method) if self.job.kind == "stage" else table.evaluation(self.job.method)
+
+    def _check_code(self) -> None:
+        """A job stops when the code it would run is not the code it was planned with."""
+        outside = tuple(Path(folder) for folder in self.job.methods)
+        pieces = catalogue(outside).components
+        components = [pieces[name] for name in self.job.code if name in pieces]
+        shared = [name for name in self.job.code if name != self.found.name and name not in pieces]
+        now = code.code_of(self.found, components, shared)
+        changed = sorted(name for name in self.job.code if now.get(name) != self.job.code[name])
+        if changed:
+            raise AssayError(f"{', '.join(changed)} changed since this job was planned; run snakemake again to plan anew.")
+
+    def _check_parents(self) -> None:
+        for parent in self.job.parents.values():
+            folder = self.store.parent_folder(parent)
+            if parent.path is None and not parent.id.startswith("model.hub-"):
+                open_result(self.store, parent.id)
+            if not folder.is_dir():
+                raise AssayError(f"{folder} is not there; run snakemake again to make it.")
+
+    def _seed(self) -> None:
+        import numpy
+        import torch
+
+        seed = self.job.seed or 0
+        random.seed(seed)
+        numpy.random.seed(seed)
+        torch.manual_seed(seed)
+        torch.set_num_threads(self.job.threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    def _common(self) -> dict[str, Any]:
+        from methods.data import Locator
+        from methods.progress import Progress
+
+        scratch = self.store.scratch(self.job.id)
+        return {
+            "id": self.job.id,
+            "config": decode_config(self.found.load().Config, self.job.config),
+            "seed": self.job.seed or 0,
+            "parents": {key: self.store.parent_folder(parent) for key, parent in self.job.parents.items()},
+            "folder": self.temporary,
+            "progress": Progress(scratch, self.job.seed or 0, self.job.id, extra_state=self.account.save),
+            "data": Locator(Path(self.job.data) if self.job.data else None, smoke=self.job.smoke),
+            "threads": self.job.threads,
+        }
+
+    def _stage(self) -> tuple[dict[str, Any], list[Row]]:
+        import importlib
+
+        module = self.found.load()
+        stage = Stage(method=self.job.method, **self._common())
+        if hasattr(module, "run"):
+            module.run(stage)
+        else:
+            importlib.import_module(f"methods.{self.found.family}").run(stage, module)
+        return stage.notes, []
+
+    def _score(self) -> tuple[dict[str, Any], list[Row]]:
+        module = self.found.load()
+        if getattr(module, "CHANGES_WEIGHTS", False):
+            self.models = _models()
+        scoring = Scoring(
+            evaluation=self.job.method, models=self.models, trust_tasks=self.job.trust_tasks, **self._common()
+        )
+        return scoring.notes, list(module.evaluate(scoring))
+
+    # - publication
+
+    def _publish(self, notes: dict[str, Any], rows: list[Row], auto_class: str) -> None:
+        energy = self.account.stop()
+        inside = self.seconds_inside
+        record = Record(
+            id=self.job.id, digest=self.job.digest, recipe=self.job.recipe, kind=self.job.kind, label=self.job.label,
+            method=self.job.method, config=self.job.config, parents=self.job.parents, seed=self.job.seed,
+            content=self.job.content, attempts=self.account.attempts, start=self.begun, end=time.time(),
+            seconds_inside=inside, seconds_outside=time.monotonic() - self.started - inside,
+            resumed_from_step=int(notes.pop("resumed_from_step", 0) or 0), energy=energy,
+            energy_attempts=self.account.history, device=str(notes.get("device", machine.device())),
+            processes=int(notes.get("processes", 1)), threads=self.job.threads, peak_memory_mb=machine.peak_memory_mb(),
+            versions=machine.versions(), commit=machine.commit(), dirty=machine.dirty(), machine=machine.name(),
+            auto_class=auto_class, notes=notes, rows=[_row(row) for row in rows],
+            files=promises.files_of(self.temporary),
+        )  # fmt: skip
+        text = record.model_dump_json(indent=1)
+        write_atomic(self.temporary / "record.json", text)
+        _publish_folder(self.store, self.job, self.temporary, record)
+        shutil.rmtree(self.store.scratch(self.job.id), ignore_errors=True)
+        self.store.failure(self.job.id).unlink(missing_ok=True)
+
+    # - failure
+
+    def _fail(self, error: BaseException) -> None:
+        if isinstance(error, (KeyboardInterrupt, Interrupted)):
+            self.account.abandon()
+            raise Interrupted("asked to stop; its state is saved and the next run goes on from there.") from None
+        reason = _reason(error)
+        failure = Failure(
+            id=self.job.id, label=self.job.label, method=self.job.method, reason=reason,  # type: ignore[arg-type]
+            message=str(error) or type(error).__name__, traceback="".join(traceback.format_exception(error))[-4000:],
+            attempts=self.account.attempts, energy=self.account.abandon(), end=time.time(),
+        )  # fmt: skip
+        write_atomic(self.store.failure(self.job.id), failure.model_dump_json(indent=1))
+        if isinstance(error, AssayError):
+            raise error
+        if not isinstance(error, Exception):
+            raise error
+        traceback.print_exception(error)
+        raise AssayError(f"{reason}: {failure.message} (see {self.store.failure(self.job.id)}).") from None
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, NotFinite):
+        return "not finite"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory"
+    return "timeout" if isinstance(error, TimeoutError) else "error"
+
+
+def _row(row: Row) -> RowEntry:
+    import math
+
+    def finite(number: float | None) -> float | None:
+        return None if number is None or not math.isfinite(number) else float(number)
+
+    return RowEntry(
+        task=row.task, metric=row.metric, value=finite(row.value), stderr=finite(row.stderr),
+        n=None if row.n is None else int(row.n), unit=row.unit, better=row.better,
+    )  # fmt: skip
+
+
+def _publish_folder(store: Store, job: Job, temporary: Path, record: Record) -> None:
+    """Sync and rename; whoever comes second throws his copy away."""
+    _sync(temporary)
+    final = store.result(job.id)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if not store.record(job.id).is_file():
+            raise
+        if not store.has_weights(job.id):
+            _put_weights_back(store, job, temporary, record)
+    _sync_folder(final.parent)
+
+
+def _put_weights_back(store: Store, job: Job, temporary: Path, record: Record) -> None:
+    """Weights that were cleaned away return to the record they belong to, if they are the same bits."""
+    before = {entry.path: entry.sha256 for entry in read_record(store.record(job.id)).files}
+    changed = [e.path for e in record.files if e.path.startswith("model") and before.get(e.path, e.sha256) != e.sha256]
+    if changed:
+        raise AssayError(
+            f"{changed[0]} came out different from what {store.record(job.id)} has; results of different machines do "
+            f"not mix: remove the folder {store.result(job.id)} to replace it."
+        )
+    for part in sorted(temporary.iterdir()):
+        if part.is_dir() and not (store.result(job.id) / part.name).exists():
+            os.rename(part, store.result(job.id) / part.name)
+
+
+def _sync(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- log ----------------------------------------------------------------------------------------------------
+
+
+class _Tee:
+    """Writes to the terminal (or Snakemake's pipe) and to the job's log."""
+
+    def __init__(self, stream: TextIO, log: TextIO) -> None:
+        self.stream, self.log = stream, log
+
+    def write(self, text: str) -> int:
+        self.log.write(text)
+        return self.stream.write(text)
+
+    def flush(self) -> None:
+        self.log.flush()
+        self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[None]:
+    before = sys.stdout, sys.stderr
+    with open(path, "w", encoding="utf-8") as log:
+        sys.stdout, sys.stderr = _Tee(before[0], log), _Tee(before[1], log)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
