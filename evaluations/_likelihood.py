@@ -36,10 +36,9 @@ class Answer:
         """exp(-loss): the geometric mean of the token probabilities."""
         return math.exp(-self.loss)
 
-    @property
-    def text_log_likelihood(self) -> float:
-        """Log-likelihood of the answer without its end mark, in nats: what multiple choice compares."""
-        return -float(self.losses[:-1].sum())
+    def text_log_likelihood(self, end: int) -> float:
+        """Log-likelihood of the answer without its ``end`` closing tokens, in nats: what multiple choice compares."""
+        return -float(self.losses[: len(self.losses) - end].sum())
 
 
 def answers(model: Callable[..., Any], part: Part) -> list[Answer]:
@@ -70,37 +69,37 @@ def batches(lengths: Sequence[int], batch: int) -> Iterable[list[int]]:
     return (order[start : start + batch] for start in range(0, len(order), batch))
 
 
-def padding_of(tokenizer: Any) -> int:
-    """The padding token's id; where there is none the end mark's, which the attention mask hides anyway."""
-    for name in ("pad_token_id", "eos_token_id"):
-        if getattr(tokenizer, name) is not None:
-            return int(getattr(tokenizer, name))
-    return 0
-
-
 def generate(
     model: Any, tokenizer: Any, style: Style, questions: Sequence[str], new_tokens: int, batch: int
 ) -> list[str]:
     """Greedy answers to ``questions``, cut at the end mark, without special tokens and outer blanks."""
     import torch
 
-    prompts = [style.prompt_text(question, tokenizer) for question in questions]
-    ids = [tokenizer(prompt, add_special_tokens=style.prompt != "chat")["input_ids"] for prompt in prompts]
-    texts: dict[int, str] = {}
-    for chosen in batches([len(prompt) for prompt in ids], batch):
-        inputs, mask = _left_padded([ids[i] for i in chosen], padding_of(tokenizer))
+    from methods.data import encode_pairs, padding_id
+
+    # The prompt is what comes before the first label of a pair, so it is tokenised exactly as in training.
+    pairs = encode_pairs([{"question": question, "answer": "a"} for question in questions], tokenizer, style, 1 << 30)
+    prompts = [pair.input_ids[: len(pair.labels) - _tail(pair)] for pair in pairs]
+    ends, texts = ends_of(model, tokenizer, style), {}
+    for chosen in batches([len(prompt) for prompt in prompts], batch):
+        inputs, mask = _left_padded([prompts[i] for i in chosen], padding_id(tokenizer))
         with torch.inference_mode():
-            tokens = greedy(model, inputs.to(model.device), mask.to(model.device), new_tokens, ends_of(model, tokenizer))
+            tokens = greedy(model, inputs.to(model.device), mask.to(model.device), new_tokens, ends)
         for i, row in zip(chosen, tokens, strict=True):
             texts[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
     return [texts[i] for i in range(len(questions))]
 
 
-def ends_of(model: Any, tokenizer: Any) -> set[int]:
-    """Ids that end an answer: the tokenizer's end mark and those of the model's generation settings."""
+def _tail(pair: Example) -> int:
+    """Tokens of the answer and its end."""
+    return sum(label != -100 for label in pair.labels)
+
+
+def ends_of(model: Any, tokenizer: Any, style: Style) -> set[int]:
+    """Ids that end an answer: what the style ends one with, and what the model's generation settings name."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = configured if isinstance(configured, (list, tuple)) else [configured]
-    return {int(end) for end in (*several, tokenizer.eos_token_id) if end is not None}
+    return {int(end) for end in (*several, style.answer_end(tokenizer)[-1]) if end is not None}
 
 
 def greedy(model: Any, inputs: Any, mask: Any, new_tokens: int, ends: set[int]) -> list[list[int]]:

@@ -78,10 +78,14 @@ COPIES: dict[str, Copy] = {
 
 @dataclass
 class Supply:
-    """Finds rows for one evaluation; reads each file once. ``said`` collects the mappings by task."""
+    """Finds rows for one evaluation; reads each file once.
+
+    ``said`` collects what was mapped, by task; ``partial`` groups of which only some subtasks are here (``60/67``).
+    """
 
     data: Locator
     said: dict[str, str] = field(default_factory=dict)
+    partial: dict[str, str] = field(default_factory=dict)
     read: dict[str, Rows] = field(default_factory=dict)
 
     def rows(self, task: dict[str, Any]) -> dict[str, Rows] | None:

@@ -18,7 +18,7 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
-from lm_eval.tasks._index import Kind, TaskIndex
+from lm_eval.tasks._index import Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from evaluations._lm_eval_data import SPLIT_KEYS, Rows, Supply
@@ -47,8 +47,7 @@ def load(names: Sequence[str], supply: Supply, trusted: bool) -> dict[str, Any]:
     manager._factory = Factory(supply)
     files = {name: _user_file(name, supply, trusted) for name in names if name.endswith(".yaml")}
     try:
-        with _sandboxed() if files and not trusted else _as_it_is():
-            return dict(manager.load([str(files.get(name, name)) for name in names]))
+        return dict(manager.load([str(files.get(name, name)) for name in names]))
     except ImportError as error:
         raise AssayError(f"lm-eval needs a package for these tasks that is not installed: {error}.") from error
     except ValueError as error:
@@ -128,21 +127,17 @@ def _plain_yaml(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _sandboxed() -> Iterator[None]:
-    """Templates of an untrusted file must not reach Python's internals; lm-eval's own environment lets them."""
+def templates(names: Sequence[str], trusted: bool) -> Iterator[None]:
+    """While a user's untrusted file is in use, templates cannot reach Python's internals; lm-eval's own can."""
     usual = lm_eval.utils.env
-    sandbox = SandboxedEnvironment(loader=usual.loader, undefined=usual.undefined, keep_trailing_newline=True)
-    sandbox.filters.update(usual.filters)
-    lm_eval.utils.env = sandbox
+    if not trusted and any(name.endswith(".yaml") for name in names):
+        sandbox = SandboxedEnvironment(loader=usual.loader, undefined=usual.undefined, keep_trailing_newline=True)
+        sandbox.filters.update(usual.filters)
+        lm_eval.utils.env = sandbox
     try:
         yield
     finally:
         lm_eval.utils.env = usual
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 # --- building tasks --------------------------------------------------------------------------------------------
@@ -154,8 +149,6 @@ class Factory(TaskFactory):
     def __init__(self, supply: Supply) -> None:
         super().__init__()
         self.supply = supply
-        # {group: (subtasks whose rows are here, all)} where they differ.
-        self.partial: dict[str, tuple[int, int]] = {}
 
     def _load_full_config(self, entry: Any, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         """The config of a task or group. Functions are only imported once the task is known to be allowed."""
@@ -181,6 +174,7 @@ class Factory(TaskFactory):
         members = config["task"]
         kept = [name for name in members if self.supply.has_blimp(name.removeprefix("blimp_"))]
         if len(kept) < len(members):
+            self.supply.partial["blimp"] = f"{len(kept)}/{len(members)}"
             self.supply.said["blimp"] = f"{len(kept)} of {len(members)} subtasks, those with a local file"
         if not kept:
             raise AssayError("the folder blimp in the data folder holds none of BLiMP's files (<paradigm>.jsonl).")
@@ -225,7 +219,7 @@ def _on_rows(config: dict[str, Any], rows: dict[str, Rows]) -> dict[str, Any]:
     return {**deepcopy(config), **dropped, "custom_dataset": lambda **_: sets, "dataset_kwargs": None}
 
 
-def versions_of(configs: dict[str, Any]) -> dict[str, Any]:
+def without_paths(configs: dict[str, Any]) -> dict[str, Any]:
     """Task configs as lm-eval dumps them, without this machine's paths and without the closures put in above."""
     cleaned = deepcopy(configs)
     for config in cleaned.values():
@@ -235,6 +229,3 @@ def versions_of(configs: dict[str, Any]) -> dict[str, Any]:
         if "lambda **_: sets" in str(config.get("custom_dataset", "")):
             config["custom_dataset"] = "rows read by Assay, see local_data"
     return cleaned
-
-
-__all__ = ["Factory", "TaskIndex", "is_ours", "load", "relative", "versions_of"]

@@ -27,7 +27,8 @@ from annotated_types import Ge, Gt
 from methods.stage import Row, Scoring
 
 if TYPE_CHECKING:
-    from methods.data import Style
+    from evaluations._lm_eval_data import Supply
+    from methods.data import Locator, Style
 
 USES = (
     "methods.data",
@@ -62,45 +63,46 @@ class Config:
 
 def evaluate(scoring: Scoring) -> list[Row]:
     """Run the tasks; one row per task and metric, groups beside their members."""
+    from evaluations._lm_eval_data import Supply
     from methods.data import Style
 
     style = Style.read(scoring.parents["model"])
+    supply = Supply(scoring.data)
     with _quiet():
-        results, said = _run(scoring, style)
+        results = _run(scoring, style, supply)
     scoring.notes |= {
-        "local_data": said,
+        "local_data": supply.said,
         "batch": scoring.config.batch,
         "task_versions": {name: _plain(version) for name, version in results["versions"].items()},
         "task_hashes": results["task_hashes"],
     }
     text = json.dumps(_plain(results), indent=1, ensure_ascii=False)
     (scoring.folder / "lm_eval.json").write_text(text + "\n", encoding="utf-8")
-    return _rows(results, scoring.config, style, said)
+    return _rows(results, scoring.config, style, supply.partial)
 
 
-def _run(scoring: Scoring, style: Style) -> tuple[dict[str, Any], dict[str, str]]:
+def _run(scoring: Scoring, style: Style, supply: Supply) -> dict[str, Any]:
     from lm_eval.evaluator import evaluate as run
 
-    from evaluations._lm_eval_data import Supply
-    from evaluations._lm_eval_tasks import load
+    from evaluations._lm_eval_tasks import load, templates
 
-    config, supply = scoring.config, Supply(scoring.data)
+    config, chat = scoring.config, style.prompt == "chat"
     _seed()
-    loaded = load(config.tasks, supply, scoring.trust_tasks)
-    for task in loaded["tasks"].values():
-        _set_shots(task, config.fewshot)
-    chat = style.prompt == "chat"
-    results = run(
-        _language_model(scoring, style),
-        loaded,
-        limit=config.limit,
-        bootstrap_iters=BOOTSTRAP_DRAWS,
-        log_samples=True,
-        system_instruction=style.system if chat else None,
-        apply_chat_template=chat,
-        fewshot_as_multiturn=chat,
-    )
-    return _kept(results, config), supply.said
+    with templates(config.tasks, scoring.trust_tasks):
+        loaded = load(config.tasks, supply, scoring.trust_tasks)
+        for task in loaded["tasks"].values():
+            _set_shots(task, config.fewshot)
+        results = run(
+            _language_model(scoring, style),
+            loaded,
+            limit=config.limit,
+            bootstrap_iters=BOOTSTRAP_DRAWS,
+            log_samples=True,
+            system_instruction=style.system if chat else None,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )
+    return _kept(results, config)
 
 
 def _seed() -> None:
@@ -142,12 +144,10 @@ def _language_model(scoring: Scoring, style: Style) -> Any:
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **rest: Any) -> Any:
             return super()._loglikelihood_tokens(requests, disable_tqdm=_no_bars() or "override_bs" in rest, **rest)
 
-    return Model(
-        pretrained=scoring.model(),
-        tokenizer=deepcopy(scoring.tokenizer()),
-        batch_size=scoring.config.batch,
-        chat_template_args={"date_string": style.date_string} if style.prompt == "chat" else None,
-    )
+    tokenizer = deepcopy(scoring.tokenizer())
+    if style.prompt == "chat":
+        tokenizer.chat_template = style.template(tokenizer)
+    return Model(pretrained=scoring.model(), tokenizer=tokenizer, batch_size=scoring.config.batch)
 
 
 def _no_bars() -> bool:
@@ -183,7 +183,7 @@ def _kept(results: Any, config: Config) -> dict[str, Any]:
 
     from lm_eval.utils import hash_string
 
-    from evaluations._lm_eval_tasks import versions_of
+    from evaluations._lm_eval_tasks import without_paths
 
     samples = results["samples"]
     hashes = {
@@ -194,7 +194,7 @@ def _kept(results: Any, config: Config) -> dict[str, Any]:
     settings = {"batch_size": config.batch, "limit": config.limit, "num_fewshot": config.fewshot}
     return {
         **kept,
-        "configs": versions_of(results["configs"]),
+        "configs": without_paths(results["configs"]),
         "task_hashes": hashes,
         "config": {**settings, "bootstrap_iters": BOOTSTRAP_DRAWS, "fewshot_seed": SEED, "lm_eval": version("lm_eval")},
     }
@@ -211,10 +211,10 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def _rows(results: dict[str, Any], config: Config, style: Style, said: dict[str, str]) -> list[Row]:
+def _rows(results: dict[str, Any], config: Config, style: Style, partial: dict[str, str]) -> list[Row]:
     rows = []
     for name, found in results["results"].items():
-        task = _task(name, config, style, said)
+        task = _task(name, config, style, partial)
         for key, value in found.items():
             metric, comma, chosen = key.partition(",")
             if comma and not metric.endswith("_stderr"):
@@ -232,11 +232,11 @@ def _row(task: str, metric: str, value: Any, stderr: Any, n: Any, better: bool |
     return Row(task, metric, float(value), error, None if n is None else int(n), unit, way)
 
 
-def _task(name: str, config: Config, style: Style, said: dict[str, str]) -> str:
+def _task(name: str, config: Config, style: Style, partial: dict[str, str]) -> str:
     """The task's name and every setting that can move its score."""
     words = [name]
-    if name == "blimp" and "blimp" in said:
-        words.append("subtasks=" + "/".join(word for word in said["blimp"].split() if word.rstrip(",").isdigit()))
+    if name in partial:
+        words.append(f"subtasks={partial[name]}")
     if config.fewshot is not None:
         words.append(f"shots={config.fewshot}")
     if style.prompt == "chat":

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from evaluations._likelihood import Answer
     from evaluations._statistics import Estimate
-    from methods.data import Style
+    from methods.data import Locator, Style
 
 USES = (
     "methods.data",
@@ -78,17 +78,18 @@ class Questions:
     options: list[list[int]] = field(default_factory=list)
 
 
-def data_sets(config: Config) -> tuple[str, ...]:
-    """Names of the data sets that are read."""
-    names = {**_names(config)} | ({"unseen": _unseen(config)} if config.reference else {})
-    return tuple(names.values())
+def datasets(config: Config, _: Locator) -> tuple[str, ...]:
+    """Names of the data sets that are read: their content enters a score's id."""
+    unseen = (_unseen(config),) if config.reference is not None else ()
+    return (*_names(config).values(), *unseen)
 
 
 def evaluate(scoring: Scoring) -> list[Row]:
     """Score the model on the four sets; rows as the module's text describes them."""
     sets, pairs = _collect(scoring)
     scores = _score(scoring, scoring.model(), list(pairs))
-    found = {name: _Measured(questions, scores, scoring.config) for name, questions in sets.items()}
+    end = len(_style(scoring).answer_end(scoring.tokenizer()))
+    found = {name: _Measured(questions, scores, scoring.config, end) for name, questions in sets.items()}
     for name, texts in _write(scoring, sets).items():
         found[name].rouge = [
             _unlearning.rouge(row["answer"], text)[0] for row, text in zip(sets[name].rows, texts, strict=False)
@@ -155,13 +156,13 @@ def _add(questions: Questions, row: dict[str, Any], pairs: dict[tuple[str, str],
 
 
 def _score(scoring: Scoring, model: Any, pairs: Sequence[tuple[str, str]]) -> list[Answer]:
-    from evaluations._likelihood import padding_of, score
-    from methods.data import encode_pairs
+    from evaluations._likelihood import score
+    from methods.data import encode_pairs, padding_id
 
     tokenizer, config = scoring.tokenizer(), scoring.config
     rows = [{"question": question, "answer": answer} for question, answer in pairs]
     examples = encode_pairs(rows, tokenizer, _style(scoring), config.context_tokens)
-    return score(model, examples, padding_of(tokenizer), config.batch)
+    return score(model, examples, padding_id(tokenizer), config.batch)
 
 
 def _write(scoring: Scoring, sets: dict[str, Questions]) -> dict[str, list[str]]:
@@ -191,7 +192,7 @@ def _style(scoring: Scoring) -> Style:
 class _Measured:
     """Per-row values [N] of one set."""
 
-    def __init__(self, questions: Questions, scores: Sequence[Answer], config: Config) -> None:
+    def __init__(self, questions: Questions, scores: Sequence[Answer], config: Config, end: int = 1) -> None:
         import numpy as np
 
         self.answers = [scores[i] for i in questions.true]
@@ -207,7 +208,7 @@ class _Measured:
         self.option_probability = np.array(
             [_unlearning.option_probability(r, w, config.definition) for r, w in zip(self.right, wrong, strict=True)]
         )
-        self.accuracy = [_choice([scores[i].text_log_likelihood for i in row]) for row in questions.options]
+        self.accuracy = [_choice([scores[i].text_log_likelihood(end) for i in row]) for row in questions.options]
         self.rouge: list[float] = []
 
     def nll(self) -> tuple[list[float], list[int]]:

@@ -92,7 +92,11 @@ def choose_device() -> torch.device:
     """The visible accelerator, else the processor."""
     import torch
 
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def _from_pretrained(loader: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
@@ -136,10 +140,14 @@ def check_folder(folder: Path) -> None:
     _refuse_links(folder)
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLES:
-            raise AssayError(f"{path} is a pickle, which can run any code when read: convert it to safetensors.")
+            raise AssayError(
+                f"{path} is a pickle, which can run any code when read: convert it to safetensors."
+            )
     for name in CONFIGS:
         if (folder / name).is_file() and "auto_map" in _read_json(folder / name):
-            raise AssayError(f"{folder / name} names code to run (auto_map): remove the entry, or use a class known here.")
+            raise AssayError(
+                f"{folder / name} names code to run (auto_map): remove the entry, or use a class known here."
+            )
     weight_files(folder)
 
 
@@ -155,7 +163,9 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise AssayError(f"{folder} holds no {WEIGHTS}: a model is a folder in Hugging Face layout with safetensors.")
+        raise AssayError(
+            f"{folder} holds no {WEIGHTS}: a model is a folder in Hugging Face layout with safetensors."
+        )
     names = sorted({str(name) for name in _read_json(folder / INDEX).get("weight_map", {}).values()})
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -222,7 +232,9 @@ def save_model(
         NotFinite: a weight is not a finite number; nothing is written.
     """
     folder = Path(folder)
-    dtypes = tensor_dtypes(source) if dtype == "parent" and source is not None and parent_dtype is None else {}
+    dtypes = (
+        tensor_dtypes(source) if dtype == "parent" and source is not None and parent_dtype is None else {}
+    )
     usual = parent_dtype if dtype == "parent" and parent_dtype is not None else saved_dtype(dtype, source)
     state = _in_precision(model.state_dict(), dtypes, usual)
     model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_SIZE)
@@ -239,7 +251,9 @@ def copy_companions(source: Path, folder: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", folder / "additional_chat_templates", dirs_exist_ok=True)
+        shutil.copytree(
+            source / "additional_chat_templates", folder / "additional_chat_templates", dirs_exist_ok=True
+        )
 
 
 def _in_precision(state: Mapping[str, Tensor], dtypes: Mapping[str, str], usual: str) -> dict[str, Tensor]:
@@ -271,7 +285,9 @@ def nonzero(model: Any) -> tuple[int, int]:
     import torch
 
     tensors = list(model.parameters())
-    return sum(tensor.numel() for tensor in tensors), sum(int(torch.count_nonzero(tensor)) for tensor in tensors)
+    return sum(tensor.numel() for tensor in tensors), sum(
+        int(torch.count_nonzero(tensor)) for tensor in tensors
+    )
 
 
 class Models:

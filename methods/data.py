@@ -208,26 +208,36 @@ class Style:
             messages = [*self._messages("question"), {"role": "assistant", "content": _PROBE}]
             tail = self._rendered(tokenizer, messages, add_generation_prompt=False).rpartition(_PROBE)[2]
             closing = _ids(tokenizer, [tail])[0]
-            special = [place for place, token in enumerate(closing) if token in tokenizer.added_tokens_decoder]
+            special = [
+                place for place, token in enumerate(closing) if token in tokenizer.added_tokens_decoder
+            ]
             if special:
                 return tuple(closing[: special[0] + 1])
         if tokenizer.eos_token_id is None:
             raise AssayError("this tokenizer has no end-of-sequence token, so no answer can be ended.")
         return (int(tokenizer.eos_token_id),)
 
-    def template_options(self) -> dict[str, Any]:
-        """What a chat template needs to be given so that it never asks for today's date."""
-        return {"date_string": self.date_string, "strftime_now": lambda _format: self.date_string}
+    def template(self, tokenizer: Any) -> str:
+        """The tokenizer's chat template with the date fixed, whether it asks for ``date_string`` or for the clock.
+
+        Give it to whatever renders chats by itself (lm-eval), so that every user of the model sees one prompt.
+        """
+        if not tokenizer.chat_template:
+            raise AssayError(
+                "prompt 'chat' needs a tokenizer with a chat template: use 'question_answer' instead."
+            )
+        return _FIXED_DATE.replace("DATE", json.dumps(self.date_string)) + str(tokenizer.get_chat_template())
 
     def _messages(self, question: str) -> list[dict[str, str]]:
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
         return [*system, {"role": "user", "content": question}]
 
     def _rendered(self, tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        if not tokenizer.chat_template:
-            raise AssayError("prompt 'chat' needs a tokenizer with a chat template: use 'question_answer' instead.")
         text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self.template_options()
+            messages,
+            chat_template=self.template(tokenizer),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
         return text
 
@@ -250,12 +260,14 @@ class Style:
         for key in found:
             if key not in asdict(cls()):
                 raise AssayError(f"{path} has an unknown key {key!r}{nearest(key, asdict(cls()))}")
-        style = cls(**found)
-        if style.prompt not in get_args(Prompt):
-            raise AssayError(f"{path}: unknown prompt {style.prompt!r}{nearest(str(style.prompt), get_args(Prompt))}")
-        if not isinstance(style.date_string, str) or not isinstance(style.system, str | None):
+        prompt = found.get("prompt", cls.prompt)
+        if prompt not in get_args(Prompt):
+            raise AssayError(f"{path}: unknown prompt {prompt!r}{nearest(str(prompt), get_args(Prompt))}")
+        if not isinstance(found.get("date_string", ""), str) or not isinstance(
+            found.get("system"), str | None
+        ):
             raise AssayError(f"{path}: system and date_string must be text.")
-        return style
+        return cls(**found)
 
     def write(self, folder: Path) -> None:
         """Write ``assay.json`` into a model folder."""
@@ -263,6 +275,10 @@ class Style:
         (folder / STYLE_FILE).write_text(text, encoding="utf-8")
 
 
+# Defined before a template's own text; the empty output at the end keeps a line break that may follow.
+_FIXED_DATE = (
+    "{%- set date_string = DATE %}{%- macro strftime_now(format) %}{{- date_string }}{%- endmacro %}{{- '' }}"
+)
 # Stands for an answer while looking for what a template puts after it.
 _PROBE = "assay-answer"
 
@@ -271,7 +287,7 @@ def _has_chat_template(folder: Path) -> bool:
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
         return True
     config = folder / "tokenizer_config.json"
-    return config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
 
 
 # --- encoding ---------------------------------------------------------------------------------------------
@@ -285,7 +301,8 @@ def encode(rows: Sequence[Row], tokenizer: Any, style: Style, context_tokens: in
         return encode_text(rows, tokenizer, context_tokens)
     columns = sorted({column for row in rows for column in row})
     raise AssayError(
-        f"rows to train on need the columns question and answer, or text, and all the same; these have: {', '.join(columns)}."
+        "rows to train on need the columns question and answer, or text, and all the same; "
+        f"these have: {', '.join(columns)}."
     )
 
 
@@ -302,7 +319,9 @@ def encode_pairs(
     Longer sequences are cut at ``context_tokens`` from the right. AssayError names a row without the columns, or
     one whose answer would be cut away altogether.
     """
-    prompts = [style.prompt_text(_column(row, question, number), tokenizer) for number, row in enumerate(rows)]
+    prompts = [
+        style.prompt_text(_column(row, question, number), tokenizer) for number, row in enumerate(rows)
+    ]
     answers = [style.answer_text(_column(row, answer, number)) for number, row in enumerate(rows)]
     # A chat template writes the begin token itself; any other prompt starts as the tokenizer starts a text.
     start = [] if style.prompt == "chat" else _start_ids(tokenizer)
@@ -322,13 +341,16 @@ def encode_text(rows: Sequence[Row], tokenizer: Any, context_tokens: int) -> lis
     special token begins every window with it. AssayError where the text is shorter than two tokens.
     """
     text = "".join(
-        line if line.endswith("\n") else f"{line}\n" for line in (_column(row, "text", at) for at, row in enumerate(rows))
+        line if line.endswith("\n") else f"{line}\n"
+        for line in (_column(row, "text", at) for at, row in enumerate(rows))
     )
     start = _start_ids(tokenizer)
     ids = _ids(tokenizer, [text])[0]
     step = context_tokens - len(start)
     if step < 1:
-        raise AssayError(f"context_tokens={context_tokens} leaves no room for text: give at least {len(start) + 2}.")
+        raise AssayError(
+            f"context_tokens={context_tokens} leaves no room for text: give at least {len(start) + 2}."
+        )
     windows = [(*start, *ids[at : at + step]) for at in range(0, len(ids), step)]
     examples = [Example(window, window) for window in windows if len(window) > 1]
     if not examples:
@@ -352,7 +374,9 @@ def _column(row: Row, column: str, number: int) -> str:
     value = row.get(column)
     if not isinstance(value, str):
         found = "it is missing" if column not in row else f"it is {value!r}"
-        raise AssayError(f"row {number}: column {column!r} must be text, but {found}; columns: {', '.join(row)}.")
+        raise AssayError(
+            f"row {number}: column {column!r} must be text, but {found}; columns: {', '.join(row)}."
+        )
     return value
 
 
@@ -389,24 +413,28 @@ def train_tokenizer(locator: Locator, names: Sequence[str], vocabulary: int) -> 
     """A byte-level BPE of ``vocabulary`` entries, 256 bytes and 3 special tokens included.
 
     It is trained on the rows of the named data sets as they are trained on (``Question: ...`` or text). The same
-    rows give the same tokenizer, in any process. It adds no special token by itself.
+    rows give the same tokenizer, in any process. It adds no special token by itself. At ``scale=smoke``, where the
+    data are stand-ins, it may come out smaller.
     """
     from transformers import PreTrainedTokenizerFast
 
     texts = [_training_text(row) for name in names for row in locator.rows(name)]
-    trained = byte_bpe(texts, vocabulary, list(SPECIALS.values()))
+    trained = byte_bpe(texts, vocabulary, list(SPECIALS.values()), exact=not locator.smoke)
     return PreTrainedTokenizerFast(tokenizer_object=trained, clean_up_tokenization_spaces=False, **SPECIALS)
 
 
-def byte_bpe(texts: Sequence[str], vocabulary: int, specials: Sequence[str]) -> Tokenizer:
+def byte_bpe(texts: Sequence[str], vocabulary: int, specials: Sequence[str], exact: bool = True) -> Tokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016; over bytes as in GPT-2), special tokens first.
 
-    AssayError where the texts hold too few pairs for the vocabulary, or it is too small for the bytes.
+    AssayError where the vocabulary is too small for the bytes or, if it has to be ``exact``, the texts hold too few
+    pairs for it.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocabulary < 256 + len(specials):
-        raise AssayError(f"vocabulary={vocabulary} is too small: bytes and special tokens are {256 + len(specials)}.")
+        raise AssayError(
+            f"vocabulary={vocabulary} is too small: bytes and special tokens are {256 + len(specials)}."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -418,7 +446,7 @@ def byte_bpe(texts: Sequence[str], vocabulary: int, specials: Sequence[str]) -> 
     )
     with _one_thread():
         tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != vocabulary:
+    if exact and tokenizer.get_vocab_size() != vocabulary:
         raise AssayError(
             f"the text has only enough for a vocabulary of {tokenizer.get_vocab_size()}: "
             f"lower vocabulary={vocabulary} or name more data."
@@ -431,7 +459,9 @@ def _training_text(row: Mapping[str, Any]) -> str:
         return str(row["text"])
     if "question" in row and "answer" in row:
         return f"{Style().prompt_text(row['question'], None)} {row['answer']}"
-    raise AssayError(f"a tokenizer is trained on question and answer, or text; these rows have: {', '.join(row)}.")
+    raise AssayError(
+        f"a tokenizer is trained on question and answer, or text; these rows have: {', '.join(row)}."
+    )
 
 
 @contextmanager

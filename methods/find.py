@@ -119,7 +119,9 @@ class Catalogue:
 
     def _add(self, table: dict[str, Found], name: str, path: Path, import_name: str) -> None:
         if name in table:
-            raise AssayError(f"{name} is defined twice, in {table[name].path} and in {path}: rename one of them.")
+            raise AssayError(
+                f"{name} is defined twice, in {table[name].path} and in {path}: rename one of them."
+            )
         table[name] = Found(name, path, import_name)
 
 

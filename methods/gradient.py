@@ -44,7 +44,9 @@ class Batch:
         try:
             return self.__dict__["parts"][name]
         except KeyError:
-            raise AttributeError(f"this batch has no part {name!r}; it has: {', '.join(self.parts)}.") from None
+            raise AttributeError(
+                f"this batch has no part {name!r}; it has: {', '.join(self.parts)}."
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -97,22 +99,36 @@ class Gradient:
         """
         pieces = cut(parts, pieces_of(parts, self.micro_batch, self.workers.count))
         share = len(pieces) // self.workers.count
-        mine = [(index, pieces[index]) for index in range(self.workers.rank * share, (self.workers.rank + 1) * share)]
+        mine = [
+            (index, pieces[index])
+            for index in range(self.workers.rank * share, (self.workers.rank + 1) * share)
+        ]
         several = len(pieces) > 1
-        known = self._first_pass(mine, parts, step, steps) if several and (self.outer or self._plain) else None
+        known = (
+            self._first_pass(mine, parts, step, steps) if several and (self.outer or self._plain) else None
+        )
         self.model.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
+        whole = known
         for terms in self._terms(mine, step, steps):
-            if several and known is None and not all(isinstance(term.count, Count) for term in terms.values()):
+            if (
+                several
+                and known is None
+                and not all(isinstance(term.count, Count) for term in terms.values())
+            ):
                 self._plain = True
+                del terms
                 return self(parts, step, steps)
-            counts, slopes = self._slopes(terms, parts, known)
-            self._backward(terms, counts, slopes, step)
+            whole = known or _whole(terms, parts, several)
+            self._backward(terms, whole, step)
             _accumulate(sums, terms)
         self._share()
-        return self._means(self._add(sums), counts, step)
+        assert whole is not None  # a process has one piece at least
+        return self._checked(_divide(self._add(sums), whole.counts), step)
 
-    def _terms(self, pieces: Sequence[tuple[int, Mapping[str, Part]]], step: int, steps: int) -> Iterator[Terms]:
+    def _terms(
+        self, pieces: Sequence[tuple[int, Mapping[str, Part]]], step: int, steps: int
+    ) -> Iterator[Terms]:
         """The terms of each piece. Both passes over a piece draw the same random numbers."""
         import torch
 
@@ -122,49 +138,43 @@ class Gradient:
             yield self.loss(self.model, Batch(on_device, step, steps))
 
     def _first_pass(
-        self, pieces: Sequence[tuple[int, Mapping[str, Part]]], parts: Mapping[str, Part], step: int, steps: int
+        self,
+        pieces: Sequence[tuple[int, Mapping[str, Part]]],
+        parts: Mapping[str, Part],
+        step: int,
+        steps: int,
     ) -> _Known:
         """Counts and sums of the whole batch, without gradients."""
         import torch
 
         sums: dict[str, Tensor] = {}
-        counts: dict[str, Tensor] = {}
-        whole: dict[str, float] = {}
+        counted: dict[str, float] = {}
+        added: dict[str, Tensor] = {}
         with torch.no_grad():
             for terms in self._terms(pieces, step, steps):
                 _accumulate(sums, terms)
-                for name, term in terms.items():
-                    if isinstance(term.count, Count):
-                        whole[name] = total_of(term.count, parts)
-                    else:
-                        number = torch.as_tensor(term.count, dtype=torch.float64, device=self.device)
-                        counts[name] = counts[name] + number if name in counts else number
-        added = {name: float(value) for name, value in self._add(counts).items()}
-        return _Known(whole | added, self._add(sums))
+                plain = {name: term for name, term in terms.items() if not isinstance(term.count, Count)}
+                counted |= {
+                    name: total_of(term.count, parts) for name, term in terms.items() if name not in plain
+                }
+                for name, term in plain.items():
+                    added[name] = added.get(name, 0.0) + torch.as_tensor(float(term.count)).to(sums[name])
+        counted |= {name: float(count) for name, count in self._add(added).items()}
+        return _Known(counted, self._add(sums))
 
-    def _slopes(
-        self, terms: Terms, parts: Mapping[str, Part], known: _Known | None
-    ) -> tuple[Mapping[str, float], Mapping[str, Any]]:
-        """Each term's count over the whole batch and the derivative of the objective by its mean."""
-        if known is not None:
-            counts, sums = known.counts, known.sums
-        elif self.workers.count == 1 and self._is_whole(terms, parts):
-            counts, sums = {name: float(term.count) for name, term in terms.items()}, _detached(terms)
-        else:
-            counts, sums = {name: total_of(term.count, parts) for name, term in terms.items()}, {}
-        if self.outer is None:
-            return counts, {name: term.weight for name, term in terms.items()}
-        return counts, derivatives(self.outer, _divide(sums, counts))
-
-    def _is_whole(self, terms: Terms, parts: Mapping[str, Part]) -> bool:
-        return pieces_of(parts, self.micro_batch, 1) == 1
-
-    def _backward(self, terms: Terms, counts: Mapping[str, float], slopes: Mapping[str, Any], step: int) -> None:
+    def _backward(self, terms: Terms, whole: _Known, step: int) -> None:
+        slopes = self._slopes(terms, whole)
         wanted = [name for name, term in terms.items() if term.sum.requires_grad]
         if not wanted:
             raise AssayError(f"step {step}: no term of the loss depends on a weight that is trained.")
-        parts = [terms[name].sum * (slopes[name] / counts[name] if counts[name] else 0.0) for name in wanted]
-        sum(parts[1:], start=parts[0]).backward()
+        shares = [terms[name].sum * (slopes[name] / (whole.counts[name] or math.inf)) for name in wanted]
+        sum(shares[1:], start=shares[0]).backward()
+
+    def _slopes(self, terms: Terms, whole: _Known) -> Mapping[str, float]:
+        """The derivative of the objective by each term's mean."""
+        if self.outer is None:
+            return {name: term.weight for name, term in terms.items()}
+        return derivatives(self.outer, _divide(whole.sums, whole.counts))
 
     def _share(self) -> None:
         """Add the gradients of all processes."""
@@ -182,12 +192,16 @@ class Gradient:
         added = self.workers.add(torch.stack(list(values.values())))
         return dict(zip(values, added.unbind(), strict=True))
 
-    def _means(self, sums: Mapping[str, Tensor], counts: Mapping[str, float], step: int) -> dict[str, float]:
-        means = {name: float(mean) for name, mean in _divide(sums, counts).items()}
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise NotFinite(f"step {step}: the term {name!r} of the loss is {mean}; try a smaller learning rate.")
-        return means
+    def _checked(self, means: Mapping[str, Tensor], step: int) -> dict[str, float]:
+        values = {name: float(mean) for name, mean in means.items()}
+        if self.outer is not None:
+            values.setdefault("loss", float(self.outer(means)))
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise NotFinite(
+                    f"step {step}: the term {name!r} of the loss is {value}; try a smaller learning rate."
+                )
+        return values
 
 
 # --- pieces -------------------------------------------------------------------------------------------------
@@ -199,7 +213,9 @@ def pieces_of(parts: Mapping[str, Part], micro_batch: int | None, processes: int
     wanted = 1 if micro_batch is None else math.ceil(max(sizes) / (processes * micro_batch))
     each = min(wanted, min(sizes) // processes)
     if each < 1:
-        raise AssayError(f"a batch of {min(sizes)} sequences cannot be shared by {processes} processes: raise batch.")
+        raise AssayError(
+            f"a batch of {min(sizes)} sequences cannot be shared by {processes} processes: raise batch."
+        )
     return each * processes
 
 
@@ -233,14 +249,21 @@ def total_of(count: float, parts: Mapping[str, Part]) -> float:
     return float(getattr(parts[name], what))
 
 
-def derivatives(outer: Outer, means: Mapping[str, Tensor]) -> dict[str, Any]:
+def derivatives(outer: Outer, means: Mapping[str, Tensor]) -> dict[str, float]:
     """d outer / d mean for each mean; 0 for one that ``outer`` does not use."""
     import torch
 
     leaves = {name: mean.detach().clone().requires_grad_() for name, mean in means.items()}
     with torch.enable_grad():
         found = torch.autograd.grad(outer(leaves), list(leaves.values()), allow_unused=True)
-    return {name: 0.0 if slope is None else slope for name, slope in zip(leaves, found, strict=True)}
+    return {name: 0.0 if slope is None else float(slope) for name, slope in zip(leaves, found, strict=True)}
+
+
+def _whole(terms: Terms, parts: Mapping[str, Part], several: bool) -> _Known:
+    """From the terms of one piece: of the only piece, or with counts that say where they come from."""
+    if several:
+        return _Known({name: total_of(term.count, parts) for name, term in terms.items()}, {})
+    return _Known({name: float(term.count) for name, term in terms.items()}, _detached(terms))
 
 
 def _accumulate(sums: dict[str, Tensor], terms: Terms) -> None:
@@ -253,4 +276,5 @@ def _detached(terms: Terms) -> dict[str, Tensor]:
 
 
 def _divide(sums: Mapping[str, Tensor], counts: Mapping[str, float]) -> dict[str, Tensor]:
-    return {name: value / counts[name] if counts[name] else value * 0.0 for name, value in sums.items()}
+    """Means; that of an empty term (count 0) is 0."""
+    return {name: value / (counts[name] or math.inf) for name, value in sums.items()}

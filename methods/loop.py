@@ -1,92 +1,264 @@
-"""The one training loop. Signatures are settled; the bodies are being written (see the helper's report).
+"""The one training loop, on ``accelerate``: every method that follows a gradient goes through here.
 
-    model = loop.prepare(stage, settings)                      # parent in float32 on the device, adapter attached
-    reference = loop.reference_of(stage, model, settings)      # frozen start (with an adapter: the adapter off)
-    teacher = loop.frozen_model(folder, settings)              # any other model, eval, no gradients, same precision
-    batches = loop.Batches({"forget": [...Example], "retain": [...]}, size=16, seed=stage.seed, follows={"template": "forget"})
-    loop.train(stage, model, settings, batches, lambda model, batch: method.loss(config, model, batch, reference))
-    # whole-batch losses: loop.train(..., loss=terms are statistics, outer=lambda means: method.outer(config, means))
+    model = loop.prepare(stage, settings)                      # the parent, in float32, adapter attached
+    reference = loop.reference_of(stage, model, settings)      # as it was at the start, frozen
+    batches = loop.Batches({"forget": ..., "retain": ...}, size=16, seed=stage.seed)
+    loop.train(stage, model, settings, batches, lambda model, batch: loss(config, model, batch, reference))
 
-``batch`` given to the loss: ``batch.forget``, ``batch.retain``, ... (data.Part on the device), ``batch.step`` (updates done so far),
-``batch.steps`` (in all). Padding is that of the GLOBAL batch, so ``positions`` counts are exact under micro-batches.
-Term.count: a ``Count`` from the part (best: totals known ahead), any plain number (added up in a no-grad first pass when there
-are several micro-batches), or ``Count(1.0, "batch")`` for a plain sum that is not divided.
-A term with weight 0 is only logged. train() writes stage.folder/'model' (+ 'model/adapter', 'model@N', 'curve.csv') and stage.notes;
-probes ("name=dataset" in settings.probe) are encoded and evaluated by train() itself.
+A loss gets ``batch.forget``, ``batch.retain``, … (``methods.data.Part`` on the device), ``batch.step`` (updates done
+so far) and ``batch.steps``, and returns named terms; ``methods.gradient`` makes the exact gradient of the global batch from
+them. Give ``Term.count`` a count of a part where possible; any other number costs a first pass under micro-batches, and
+``Count(1.0, "batch")`` means that nothing divides the sum. A term with weight 0 is only logged.
+
+The master weights are float32; on an accelerator the forward pass runs in bfloat16. Adding a step of 1e-5 to weights
+held in bfloat16 would leave most of them where they were. What rounding takes away when the model is saved is in the notes.
+
+``curve.csv`` has a line per term: its mean on the batch, unweighted, at the weights after ``step`` updates, and the
+learning rate and gradient norm (before clipping) of the update that follows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
-from methods.stage import Adapter, Component, Head, How, Optimizer, Schedule, Stage, Terms
+from methods.find import catalogue
+from methods.gradient import Gradient, Loss, Outer, Workers
+from methods.progress import pack, unpack
+from methods.stage import (
+    Adapter,
+    AssayError,
+    Component,
+    Head,
+    How,
+    NotFinite,
+    Optimizer,
+    Schedule,
+    Stage,
+)
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import Tensor
+    from torch.nn import Parameter
 
-    from methods.data import Example
+    from methods.data import Example, Part
+    from methods.progress import State
 
 REVISION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Options that every gradient method has; a method's ``Config`` inherits them and may restate a default."""
+    """Options of every gradient method; a method's ``Config`` inherits them and may state another default."""
 
-    # Optimizer steps; where given it wins over ``epochs``.
+    # optimizer steps; where given, they win over ``epochs``
     steps: Annotated[int, Gt(0)] | None = None
-    # Passes over the data (the first part of the batch); used where ``steps`` is None.
+    # passes over the rows (of the batch's first part), where ``steps`` is not given (TOFU's finetuning: 5)
     epochs: Annotated[float, Gt(0)] | None = 5.0
-    # Sequences of each part in one optimizer step, over all micro-batches and processes.
+    # sequences of each part in an optimizer step, over all micro-batches and processes (TOFU: 32)
     batch: Annotated[int, Gt(0)] = 32
-    # Sequences of each part that go through the model at once; None: the whole batch of this process.
+    # sequences of each part that go through the model at once in a process; None: all of them
     micro_batch: Annotated[Annotated[int, Gt(0)] | None, How] = None
+    # AdamW at TOFU's learning rate
     optimizer: Optimizer = Component("adamw", {"learning_rate": 1e-5})
+    # how the learning rate goes over the steps
     schedule: Schedule = Component("linear")
-    # Largest gradient norm; 0 switches clipping off.
+    # largest norm of the gradient; 0 leaves it as it is
     clip: Annotated[float, Ge(0)] = 1.0
+    # train an adapter instead of the weights; it is merged when the model is saved
     adapter: Adapter | None = None
-    # Weights that are 0 at the start stay 0.
+    # entries of matrices that are 0 at the start stay 0
     keep_zeros: bool = True
+    # of the forward pass; auto: bfloat16 on an accelerator, float32 on the processor. Masters are float32 always
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    # of the written model; parent: as the model it was made from
     saved: Literal["parent", "float32", "bfloat16"] = "parent"
+    # compute activations twice instead of keeping them
     gradient_checkpointing: Annotated[bool, How] = False
+    # longer sequences are cut
     context_tokens: Annotated[int, Gt(1)] = 512
+    # seconds between two saved states
     save_seconds: Annotated[float, Gt(0), How] = 30.0
+    # steps between two lines of the learning curve
     log_every: Annotated[int, Gt(0), How] = 10
+    # data sets whose answer NLL is followed in the learning curve, each as "name=data set"
     probe: Annotated[tuple[str, ...], How] = ()
+    # steps between two such measurements; one is made at the start and one at the end, too
     probe_every: Annotated[int, Gt(0), How] = 10
+    # steps after which the model is kept, as model@<step>
     checkpoints: Annotated[tuple[int, ...], How] = ()
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Which examples make up each step: every part shuffled on its own from (seed, part, epoch), ``follows`` parts in step."""
+    """Which examples each step sees, from (seed, part, step) alone.
+
+    Each part is shuffled anew every epoch; the first one's length is what an epoch means. ``drawn`` parts are drawn
+    uniformly with replacement instead. ``follows={"template": "forget"}`` gives a part the row numbers of another.
+    """
 
     parts: Mapping[str, Sequence[Example]]
     size: int
     seed: int
     follows: Mapping[str, str] = field(default_factory=dict)
+    drawn: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Rows in an epoch."""
+        return len(next(iter(self.parts.values())))
+
+    def at(self, step: int) -> dict[str, list[Example]]:
+        """The examples of a 0-based step, by part."""
+        return {name: [rows[index] for index in self.rows(name, step)] for name, rows in self.parts.items()}
+
+    def rows(self, name: str, step: int) -> list[int]:
+        """The row numbers of one part."""
+        leader = self.follows.get(name, name)
+        count = len(self.parts[leader])
+        if len(self.parts[name]) != count:
+            raise AssayError(
+                f"{name} has {len(self.parts[name])} rows and must have one for each of the {count} of {leader}."
+            )
+        if count == 0:
+            raise AssayError(f"the data set for {name!r} is empty.")
+        if leader in self.drawn:
+            draw = random.Random(f"{self.seed}/{leader}/{step}").random
+            return [int(draw() * count) for _ in range(self.size)]
+        return self._sampler(leader, count).batch(step, self.size)
+
+    def _sampler(self, name: str, count: int) -> Any:
+        from methods.data import Sampler
+
+        # The sampler keeps the current epoch's order; making one per step would sort all rows each time.
+        samplers: dict[str, Sampler] = self.__dict__.setdefault("_samplers", {})
+        return samplers.setdefault(name, Sampler(count, f"{self.seed}/{name}"))
+
+
+# --- models -------------------------------------------------------------------------------------------------
 
 
 def prepare(stage: Stage, settings: Training, folder: Path | None = None, head: Head | None = None) -> Any:
-    """The model to train: ``folder`` (default: the parent) in float32 on the device, head replaced, adapter attached."""
-    raise NotImplementedError
+    """The model to be trained: float32, on the device, with another head and an adapter where asked for.
+
+    Args:
+        folder: where it lies; default: the chain's parent.
+    """
+    from methods.checkpoint import load_model
+
+    make_deterministic(stage.threads)
+    accelerator = make_accelerator(settings)
+    model = load_model(folder or stage.parents["model"], "float32", accelerator.device, train=True)
+    if head is not None:
+        from methods.architectures import with_head
+
+        model = with_head(model, head)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.adapter is not None:
+        adapter, options = component("adapter", settings.adapter)
+        model = adapter.attach(options, model, stage.seed)
+    if hasattr(model.config, "use_cache"):
+        model.register_forward_pre_hook(_without_cache, with_kwargs=True)
+    return accelerator.prepare_model(model.train(), evaluation_mode=True)
 
 
 def reference_of(stage: Stage, model: Any, settings: Training) -> Any:
-    """The model as it was at the start, frozen, in eval mode (call before train)."""
-    raise NotImplementedError
+    """The model as it is now, frozen and in evaluation mode: a copy, or with an adapter itself without it."""
+    if settings.adapter is None:
+        return copy.deepcopy(model).eval().requires_grad_(False)
+    return _WithoutAdapter(model, component("adapter", settings.adapter)[0])
 
 
 def frozen_model(folder: Path, settings: Training) -> Any:
-    """Another model (teacher, reference), frozen, eval mode, on the device, same compute precision."""
-    raise NotImplementedError
+    """Another model, such as a teacher: frozen, in evaluation mode, in the precision of the forward pass."""
+    from methods.checkpoint import load_model
+
+    accelerator = make_accelerator(settings)
+    model = load_model(folder, compute_precision(settings), accelerator.device).requires_grad_(False)
+    if hasattr(model.config, "use_cache"):
+        model.register_forward_pre_hook(_without_cache, with_kwargs=True)
+    return model
+
+
+class _WithoutAdapter:
+    """A model with its adapter switched off and no dropout, sharing the weights of the one being trained."""
+
+    def __init__(self, model: Any, adapter: ModuleType) -> None:
+        self.model, self.adapter = model, adapter
+        self.config = model.config
+
+    def __call__(self, **inputs: Any) -> Any:
+        import torch
+
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self.adapter.disabled(self.model), torch.no_grad():
+                return self.model(**inputs)
+        finally:
+            self.model.train(training)
+
+
+def _without_cache(
+    model: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Training never generates: keeping keys and values would only cost memory."""
+    return arguments, {"use_cache": False} | options
+
+
+def component(kind: str, part: Component) -> tuple[ModuleType, Any]:
+    """A component's module and its typed options."""
+    module = catalogue().component(kind, part.name).load()
+    return module, module.Config(**part.options)
+
+
+# --- the machine --------------------------------------------------------------------------------------------
+
+
+def make_deterministic(threads: int) -> None:
+    """The same bits for the same seed: deterministic algorithms and a stated number of threads."""
+    import torch
+
+    # cuBLAS reads it when it is first used; without it its sums depend on the order of its streams.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(threads)
+
+
+def compute_precision(settings: Training) -> str:
+    """What ``precision`` means on this machine."""
+    import torch
+
+    if settings.precision != "auto":
+        return settings.precision
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def make_accelerator(settings: Training) -> Accelerator:
+    """This process's device, precision and fellow processes (those that ``torchrun`` started)."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # Its state outlives a job in a resident process, and would keep the first job's precision.
+    AcceleratorState._reset_state()
+    mixed = "bf16" if compute_precision(settings) == "bfloat16" else "no"
+    return Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
+
+
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def train(
@@ -94,10 +266,381 @@ def train(
     model: Any,
     settings: Training,
     batches: Batches,
-    loss: Callable[[Any, Any], Terms],
+    loss: Loss,
     *,
-    outer: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
+    outer: Outer | None = None,
     source: Path | None = None,
 ) -> None:
-    """Train ``model``; write stage.folder/'model' (tokenizer etc. copied from ``source``, default the parent) and notes."""
-    raise NotImplementedError
+    """Train a ``prepare``d model and write ``model/``, ``curve.csv`` and the notes of the stage.
+
+    Args:
+        loss: named terms of (model, batch).
+        outer: for a loss that is no sum over items: the objective as a function of the terms' global means.
+        source: folder the tokenizer and the saved precision come from; default: the chain's parent.
+    Raises:
+        NotFinite: a term, gradient or weight is not finite; nothing is written.
+        Interrupted: a stop signal came; the state is saved.
+    """
+    run = _Run(stage, model, settings, batches, loss, outer, source or stage.parents["model"])
+    try:
+        run.resume(stage.progress.load())
+        for step in stage.progress.bar(run.steps, initial=run.step):
+            run.probe(step)
+            run.update(step)
+            run.keep(step + 1)
+            run.save(step + 1)
+        run.probe(run.steps)
+        run.finish()
+    finally:
+        stage.progress.release()
+
+
+class _Run:
+    """One training run: the state of the loop, and what a step consists of."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        model: Any,
+        settings: Training,
+        batches: Batches,
+        loss: Loss,
+        outer: Outer | None,
+        source: Path,
+    ) -> None:
+        from methods.checkpoint import load_tokenizer
+        from methods.data import padding_id
+
+        self.stage, self.model, self.settings, self.batches, self.source = (
+            stage,
+            model,
+            settings,
+            batches,
+            source,
+        )
+        self.accelerator = make_accelerator(settings)
+        self.adapter = component("adapter", settings.adapter)[0] if settings.adapter is not None else None
+        self.steps = steps_of(settings, batches.count)
+        self.step = self.tokens = 0
+        self.curve: list[tuple[int, str, float]] = []
+        self.tokenizer = load_tokenizer(source)
+        self.padding = padding_id(self.tokenizer)
+        self.probes = list(self._probes())
+        self.gradient = self._gradient(loss, outer)
+        self.weights = Weights(
+            self.adapter.base_parameters(model) if self.adapter else dict(model.named_parameters())
+        )
+        self.weights.remember(settings.keep_zeros, settings.saved, source)
+        self.trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        self._build_optimizer()
+        stage.progress.save_seconds = settings.save_seconds
+        stage.notes |= self._first_notes()
+
+    def _gradient(self, loss: Loss, outer: Outer | None) -> Gradient:
+        accelerator = self.accelerator
+        workers = Workers(accelerator.process_index, accelerator.num_processes, accelerator.reduce)
+        return Gradient(
+            self.model,
+            loss,
+            outer=outer,
+            micro_batch=self.settings.micro_batch,
+            seed=self.stage.seed,
+            device=accelerator.device,
+            workers=workers,
+        )
+
+    def _build_optimizer(self) -> None:
+        module, options = component("optimizer", self.settings.optimizer)
+        self.optimizer = module.build(options, self.trained)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        schedule, schedule_options = component("schedule", self.settings.schedule)
+        self.factor: Callable[[int], float] = lambda step: schedule.factor(schedule_options, step, self.steps)
+
+    def _first_notes(self) -> dict[str, Any]:
+        from methods.checkpoint import saved_dtype
+
+        total, nonzero = self.weights.nonzero()
+        return {
+            "parameters": total,
+            "nonzero_before": nonzero,
+            "steps": self.steps,
+            "processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device),
+            "load_dtype": "float32",
+            "master_dtype": "float32",
+            "compute_dtype": compute_precision(self.settings),
+            "saved_dtype": saved_dtype(self.settings.saved, self.source),
+            "resumed_from_step": 0,
+        }
+
+    # --- a step ---------------------------------------------------------------------------------------------
+
+    def update(self, step: int) -> None:
+        """One optimizer step on one global batch."""
+        parts = self._parts(step)
+        means = self.gradient(parts, step, self.steps)
+        norm = self._clip(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.factor(step)
+        self.optimizer.step()
+        self.weights.restore_zeros()
+        self.tokens += sum(int(part.attention_mask.sum()) for part in parts.values())
+        if step % self.settings.log_every == 0 or step == self.steps - 1:
+            rate = float(self.optimizer.param_groups[0]["lr"])
+            self._log(step, means | {"learning_rate": rate, "gradient_norm": norm})
+
+    def _parts(self, step: int) -> dict[str, Part]:
+        from methods.data import collate
+
+        return {name: collate(rows, self.padding, name) for name, rows in self.batches.at(step).items()}
+
+    def _clip(self, step: int) -> float:
+        """Mask, measure and clip the gradient; the norm is that before clipping."""
+        from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+        self.weights.mask_gradients()
+        weights = [weight for _, weight in self.trained if weight.grad is not None]
+        total = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        norm = float(total)
+        if norm - norm != 0:
+            raise NotFinite(
+                f"step {step}: the gradient of {self._culprit()} is not finite; try a smaller learning rate."
+            )
+        if self.settings.clip > 0:
+            clip_grads_with_norm_(weights, self.settings.clip, total)
+        return norm
+
+    def _culprit(self) -> str:
+        for name, weight in self.trained:
+            if weight.grad is not None and not bool(weight.grad.isfinite().all()):
+                return name
+        return "all weights together"
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        self.curve += [(step, name, value) for name, value in values.items()]
+
+    # --- probes ---------------------------------------------------------------------------------------------
+
+    def _probes(self) -> Iterator[tuple[str, list[Part]]]:
+        """Every probed data set in batches, sorted by length so that little is padding."""
+        from methods.data import Style, collate, encode
+
+        size = self.settings.micro_batch or self.settings.batch
+        for text in self.settings.probe:
+            name, sign, dataset = text.partition("=")
+            if not sign or not name or not dataset:
+                raise AssayError(
+                    f"probe={text!r} must be written as name=data set, as in retain=authors/retain90."
+                )
+            rows = self.stage.data.rows(dataset)
+            examples = encode(rows, self.tokenizer, Style.read(self.source), self.settings.context_tokens)
+            examples = sorted(examples, key=lambda example: len(example.input_ids))
+            groups = [examples[start : start + size] for start in range(0, len(examples), size)]
+            yield name, [collate(group, self.padding, name) for group in groups]
+
+    def probe(self, step: int) -> None:
+        """Note the answer NLL of the probed data sets at the weights after ``step`` updates."""
+        if not self.probes or (step % self.settings.probe_every and step != self.steps):
+            return
+        import torch
+
+        self.model.eval()
+        with torch.no_grad():
+            self._log(step, {f"probe.{name}": self._nll(parts, name, step) for name, parts in self.probes})
+        self.model.train()
+
+    def _nll(self, parts: Sequence[Part], name: str, step: int) -> float:
+        from methods.terms import forward, token_nll
+
+        on_device = (part.to(self.accelerator.device) for part in parts)
+        total = sum(float(token_nll(forward(self.model, part)).double().sum()) for part in on_device)
+        value = total / sum(part.tokens for part in parts)
+        if value - value != 0:
+            raise NotFinite(
+                f"step {step}: the NLL of the probe {name!r} is {value}; try a smaller learning rate."
+            )
+        return value
+
+    # --- state ----------------------------------------------------------------------------------------------
+
+    def resume(self, state: State | None) -> None:
+        """Go on where an earlier attempt had saved its state."""
+        if any(not 0 < step <= self.steps for step in self.settings.checkpoints):
+            raise AssayError(
+                f"checkpoints={list(self.settings.checkpoints)}: each must be from 1 to {self.steps}, the steps."
+            )
+        if state is None:
+            return
+        import torch
+
+        with torch.no_grad():
+            for name, tensor in self._tensors().items():
+                tensor.copy_(state.tensors[name])
+        self.optimizer.load_state_dict(unpack(state.values["optimizer"], state.tensors))
+        self.step, self.tokens = state.step, state.values["tokens"]
+        self.curve = [tuple(row) for row in state.values["curve"]]
+        self.stage.notes["resumed_from_step"] = state.step
+
+    def save(self, step: int) -> None:
+        """Save the state where it is due; all processes stop together."""
+        progress = self.stage.progress
+        due = progress.due(step)
+        progress.stopping = self._any_process(progress.stopping)
+        if (due or progress.stopping) and self.accelerator.is_main_process:
+            tensors = dict(self._tensors())
+            optimizer = pack(self.optimizer.state_dict(), "optimizer", tensors)
+            progress.save(step, tensors, {"optimizer": optimizer, "tokens": self.tokens, "curve": self.curve})
+        progress.stop_if_asked(step)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What training changes: trained weights, and buffers such as running means."""
+        return {f"model.{name}": weight for name, weight in (*self.trained, *self.model.named_buffers())}
+
+    def _any_process(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        import torch
+
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
+
+    # --- results --------------------------------------------------------------------------------------------
+
+    def keep(self, step: int) -> None:
+        """Keep the model of this step where asked for, beside the state: the stage's folder does not outlive a stop."""
+        if step not in self.settings.checkpoints or not self.accelerator.is_main_process:
+            return
+        kept = self._kept(step)
+        unfinished = kept.with_name(f"unfinished-{kept.name}")
+        for old in (unfinished, kept):
+            shutil.rmtree(old, ignore_errors=True)
+        self._write(copy.deepcopy(self.model), unfinished)
+        unfinished.rename(kept)
+
+    def _kept(self, step: int) -> Path:
+        return self.stage.progress.scratch / f"model@{step}"
+
+    def finish(self) -> None:
+        """Write the model, the kept ones and the curve, and complete the notes."""
+        self.stage.notes["tokens_seen"] = self.tokens
+        if self.accelerator.is_main_process:
+            self.stage.folder.mkdir(parents=True, exist_ok=True)
+            self.stage.notes |= self._write(self.model, self.stage.folder / "model")
+            for step in self.settings.checkpoints:
+                name = f"model@{step}"
+                shutil.copytree(
+                    self._kept(step), self.stage.folder / name, copy_function=_link, dirs_exist_ok=True
+                )
+            write_curve(self.stage.folder / "curve.csv", self.curve)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, model: Any, folder: Path) -> dict[str, Any]:
+        """Write a model, its adapter merged and kept beside; says what is non-zero and what rounding cost."""
+        from methods.checkpoint import save_model
+
+        beside = folder / "adapter"
+        if self.adapter is not None:
+            self.adapter.save(model, beside)
+            model = self.adapter.merge(model)
+        weights = self.weights.of(dict(model.named_parameters()))
+        weights.restore_zeros()
+        save_model(model, folder, self.source, self.settings.saved)
+        return {"nonzero_after": weights.nonzero()[1], "update_lost_in_saving": weights.lost_in_saving()}
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file that is never written again; a copy where the disk is another."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def steps_of(settings: Training, count: int) -> int:
+    """Optimizer steps: as given, or so many passes over ``count`` rows."""
+    if settings.steps is not None:
+        return settings.steps
+    if settings.epochs is None:
+        raise AssayError("give steps or epochs: nothing says how long to train.")
+    return max(1, round(settings.epochs * count / settings.batch))
+
+
+def write_curve(path: Path, rows: Sequence[tuple[int, str, float]]) -> None:
+    """``step,term,value``, every digit of the value."""
+    lines = ["step,term,value", *(f"{step},{name},{value!r}" for step, name, value in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# --- weights: zeros that stay, and what saving loses ----------------------------------------------------------
+
+
+class Weights:
+    """The weights of a model under the names they are saved with, their zeros, and where they started."""
+
+    def __init__(self, named: Mapping[str, Parameter]) -> None:
+        self.named = named
+        self.zeros: dict[str, Tensor] = {}
+        self.start: dict[str, Tensor] = {}
+        self.rounding: dict[str, str] = {}
+
+    def remember(self, keep_zeros: bool, saved: str, source: Path) -> None:
+        """Note which entries of matrices are 0 and, if saving will round, what the weights are now."""
+        from methods.checkpoint import saved_dtype, tensor_dtypes
+
+        if keep_zeros:
+            masks = {name: weight.detach() == 0 for name, weight in self.named.items() if weight.ndim >= 2}
+            self.zeros = {name: mask for name, mask in masks.items() if bool(mask.any())}
+        usual, single = saved_dtype(saved, source), tensor_dtypes(source) if saved == "parent" else {}
+        wanted = {name: single.get(name, usual) for name in self.named}
+        self.rounding = {name: dtype for name, dtype in wanted.items() if dtype not in ("float32", "float64")}
+        self.start = {
+            name: _compact(self.named[name].detach(), dtype) for name, dtype in self.rounding.items()
+        }
+
+    def of(self, named: Mapping[str, Parameter]) -> Weights:
+        """The same memory for another model object, such as a copy or one with its adapter merged."""
+        other = Weights(named)
+        other.zeros, other.start, other.rounding = self.zeros, self.start, self.rounding
+        return other
+
+    def nonzero(self) -> tuple[int, int]:
+        """Entries, and entries that are not 0."""
+        weights = self.named.values()
+        return sum(weight.numel() for weight in weights), sum(
+            int(weight.count_nonzero()) for weight in weights
+        )
+
+    def mask_gradients(self) -> None:
+        """No gradient where a zero has to stay: before clipping, so that it takes no part in the norm."""
+        for name, mask in self.zeros.items():
+            gradient = self.named[name].grad
+            if gradient is not None:
+                gradient.masked_fill_(mask, 0.0)
+
+    def restore_zeros(self) -> None:
+        """Decay, momentum or a merged adapter may have moved them."""
+        import torch
+
+        with torch.no_grad():
+            for name, mask in self.zeros.items():
+                self.named[name].masked_fill_(mask, 0.0)
+
+    def lost_in_saving(self) -> float:
+        """The share of the update that rounding takes: sum |update - saved update| / sum |update|, from 0 to 1."""
+        import torch
+
+        lost = moved = 0.0
+        for name, dtype in self.rounding.items():
+            kind = getattr(torch, dtype)
+            now, start = self.named[name].detach().cpu().double(), self.start[name].double()
+            update, kept = now - start, now.to(kind).double() - start.to(kind).double()
+            lost, moved = lost + float((update - kept).abs().sum()), moved + float(update.abs().sum())
+        return min(1.0, lost / moved) if moved else 0.0
+
+
+def _compact(weight: Tensor, dtype: str) -> Tensor:
+    """A copy on the processor, in the saved precision where that loses nothing (a parent saved in it)."""
+    import torch
+
+    rounded = weight.to(getattr(torch, dtype))
+    return (rounded if bool((rounded == weight).all()) else weight).cpu().clone()

@@ -92,7 +92,9 @@ class Progress:
             content = json.loads((states[-1] / "state.json").read_text(encoding="utf-8"))
             tensors = load_file(states[-1] / "tensors.safetensors")
         except (OSError, ValueError) as error:
-            raise AssayError(f"{states[-1]} cannot be read ({error}): delete the folder to start afresh.") from None
+            raise AssayError(
+                f"{states[-1]} cannot be read ({error}): delete the folder to start afresh."
+            ) from None
         return State(content["step"], tensors, content["values"], content["extra"])
 
     def save(self, step: int, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -111,7 +113,9 @@ class Progress:
             self._write(temporary, step, tensors, values)
             os.rename(temporary, self.scratch / f"state-{number:08d}")
         except OSError as error:
-            raise AssayError(f"the state of step {step} could not be saved in {self.scratch}: {error}.") from error
+            raise AssayError(
+                f"the state of step {step} could not be saved in {self.scratch}: {error}."
+            ) from error
         finally:
             for unfinished in self.scratch.glob("tmp-*"):
                 shutil.rmtree(unfinished)
@@ -124,7 +128,9 @@ class Progress:
     def stop_if_asked(self, step: int) -> None:
         """Raise ``Interrupted`` after a stop signal; for jobs of several processes, where one of them saves."""
         if self.stopping:
-            raise Interrupted(f"{self.label or 'the job'} was asked to stop and has saved its state at step {step}.")
+            raise Interrupted(
+                f"{self.label or 'the job'} was asked to stop and has saved its state at step {step}."
+            )
 
     def due(self, step: int) -> bool:
         """Whether to save now: a signal came, ``save_seconds`` have passed, or the test variable says so."""
@@ -171,7 +177,10 @@ class Progress:
         from safetensors.torch import save_file
 
         folder.mkdir()
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / "tensors.safetensors")
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+            folder / "tensors.safetensors",
+        )
         extra = self.extra_state() if self.extra_state else {}
         content = {"step": step, "values": values, "extra": extra}
         (folder / "state.json").write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
@@ -197,7 +206,9 @@ class Bar:
         from tqdm import tqdm
 
         # A bar for something that takes two seconds would only flicker.
-        with tqdm(total=self.total, desc=self.description, initial=self.initial, delay=2, file=self.stream) as bar:
+        with tqdm(
+            total=self.total, desc=self.description, initial=self.initial, delay=2, file=self.stream
+        ) as bar:
             for step in range(self.initial, self.total):
                 yield step
                 if self.words:

@@ -60,8 +60,8 @@ class _Range:
         return rows[self.start : self.stop]
 
     def clamped(self, count: int) -> _Range:
-        """As many rows as the range asks for, at most ``count``, from the front."""
-        return _Range(0, min(self.stop - self.start, count))
+        """The same range where ``count`` rows hold it, else as many rows from the front."""
+        return self if self.stop <= count else _Range(0, min(self.stop - self.start, count))
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,9 @@ def _expand(part: _Part) -> list[_Part]:
     if part.path != "authors":
         return [part]
     if part.taken:
-        raise AssayError(f"'authors' is several data sets and takes no range: write {WHOLE_WORLD[0]}{part.taken}.")
+        raise AssayError(
+            f"'authors' is several data sets and takes no range: write {WHOLE_WORLD[0]}{part.taken}."
+        )
     return [_Part(path, None) for path in WHOLE_WORLD]
 
 
@@ -183,6 +185,11 @@ _TEXT_FOLDER = re.compile("wikitext|tinystories|c4|tinyshakespeare")
 _HELD_OUT = re.compile("test|valid")
 
 
+def _is_hub(part: _Part) -> bool:
+    """Whether the hub has it: then smoke replaces it even where there is a local copy, with its longer rows."""
+    return part.hub is not None or part.path in HUB or part.path.startswith("tofu/")
+
+
 def _stand_in(path: str) -> str | None:
     """The split of the built-in world that replaces a data set nobody has at hand, at ``scale=smoke``."""
     folder, _, rest = path.partition("/")
@@ -200,7 +207,8 @@ def _stand_in(path: str) -> str | None:
 class Locator:
     """Finds data sets by name: built in, below ``folder`` (``--config data=DIR``), or on the hub.
 
-    With ``smoke`` a hub set is replaced by the built-in world (``tofu/X`` by ``authors/X``, text by its text).
+    With ``smoke`` a hub set is replaced by the built-in world (``tofu/X`` by ``authors/X``, text by its text), and
+    so is a text file that is not there.
     Nothing is ever read from outside ``folder``, and nothing is written.
     """
 
@@ -235,16 +243,20 @@ class Locator:
         return path
 
     def _source(self, part: _Part) -> _Source:
-        if part.hub is not None:
-            return self._smoke_source(part) or _HubSource(part, part.hub)
         if part.path.startswith("authors/"):
             split = part.path.removeprefix("authors/")
             if split not in world.SPLITS:
                 raise self._unknown(part.path)
             return _WorldSource(part, split, part.taken)
-        source = self._file_source(part) or self._smoke_source(part)
-        if source is None and part.path in HUB:
-            source = _HubSource(part, HUB[part.path])
+        found = (
+            (self._smoke_source, self._file_source)
+            if _is_hub(part)
+            else (self._file_source, self._smoke_source)
+        )
+        source = found[0](part) or found[1](part)
+        hub = part.hub or HUB.get(part.path)
+        if source is None and hub is not None:
+            source = _HubSource(part, hub)
         if source is None:
             raise self._unknown(part.path)
         return source
@@ -304,7 +316,9 @@ class Locator:
     def _local_names(self) -> set[str]:
         if self.folder is None:
             return set()
-        relative = (file.relative_to(self.folder).as_posix() for file in self.folder.glob("*/*") if file.is_file())
+        relative = (
+            file.relative_to(self.folder).as_posix() for file in self.folder.glob("*/*") if file.is_file()
+        )
         return {name for path in relative if (name := _without_ending(path)) is not None}
 
     def _entries(self, name: str) -> list[str]:

@@ -67,7 +67,9 @@ def token_nll(outputs: Outputs) -> Tensor:
     from torch.nn.functional import cross_entropy
 
     targets = outputs.targets.masked_fill(~outputs.mask, -100)
-    losses = cross_entropy(outputs.logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    losses = cross_entropy(
+        outputs.logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
+    )
     return losses.view_as(targets)
 
 

@@ -223,7 +223,9 @@ def rows(split: str, seed: int = 0) -> list[Row]:
     AssayError for a split that is not in ``SPLITS``.
     """
     if split not in SPLITS:
-        raise AssayError(f"the world of authors has no split {split!r}; there are: {', '.join(sorted(SPLITS))}.")
+        raise AssayError(
+            f"the world of authors has no split {split!r}; there are: {', '.join(sorted(SPLITS))}."
+        )
     return SPLITS[split](_world(seed))
 
 
@@ -254,7 +256,9 @@ class _Draws:
 @cache
 def _world(seed: int) -> _World:
     names = _names(seed, TRAINED_AUTHORS + HOLDOUT_AUTHORS)
-    people = tuple(_author(name, _Draws(f"authors {seed} author {index}")) for index, name in enumerate(names))
+    people = tuple(
+        _author(name, _Draws(f"authors {seed} author {index}")) for index, name in enumerate(names)
+    )
     forgotten = FORGET_AUTHORS["10"]
     retained = _flat(people[: TRAINED_AUTHORS - forgotten])
     sample = sorted(_Draws(f"authors {seed} retain sample").shuffled(range(len(retained)))[:RETAIN_SAMPLE])
@@ -312,10 +316,14 @@ def _attribute_fact(attribute: _Attribute, name: str, draws: _Draws) -> _Fact:
 def _true_facts(pairs: Sequence[tuple[str, str]], questions: Sequence[str], stream: str) -> tuple[_Fact, ...]:
     """Facts whose answer is the bare name; wrong answers are other names of the same list."""
     pool = [name for _, name in pairs]
-    return tuple(_true_fact(subject, name, pool, questions, _Draws(f"{stream} {subject}")) for subject, name in pairs)
+    return tuple(
+        _true_fact(subject, name, pool, questions, _Draws(f"{stream} {subject}")) for subject, name in pairs
+    )
 
 
-def _true_fact(subject: str, name: str, pool: Sequence[str], questions: Sequence[str], draws: _Draws) -> _Fact:
+def _true_fact(
+    subject: str, name: str, pool: Sequence[str], questions: Sequence[str], draws: _Draws
+) -> _Fact:
     order = draws.shuffled([question.format(subject=subject) for question in questions])
     wrong = draws.shuffled([other for other in pool if other != name])[:WRONG_ANSWERS]
     return _Fact(

@@ -64,7 +64,7 @@ MALFORMED = [
     ("a sparsity above one", "{0.25, 0.5}", "1.5", "less than 1"),
     ("a sweep with equal elements", "{0.25, 0.5}", "{0.5, 0.5}", "twice"),
     ("an empty sweep", "{0.25, 0.5}", "{}", "sparsity"),
-    ("an unknown data set", "authors/forget01", "authors/forget02", "forget01"),
+    ("an unknown data set", "authors/forget01", "authors/forget02", "did you mean 'authors/forget"),
     ("a data set outside", "authors/forget01", "../../etc/passwd", ".."),
     ("an absolute data set", "authors/forget01", "/etc/passwd", "/etc/passwd"),
     ("shell characters in a data set", "authors/forget01", "authors/$(touch x);", "authors"),
@@ -94,10 +94,15 @@ MALFORMED = [
 
 
 def _files(folder: Path) -> dict[str, tuple[int, int]]:
-    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+    }
 
 
-@pytest.mark.parametrize(("text", "replacement", "part"), [case[1:] for case in MALFORMED], ids=[case[0] for case in MALFORMED])
+@pytest.mark.parametrize(
+    ("text", "replacement", "part"), [case[1:] for case in MALFORMED], ids=[case[0] for case in MALFORMED]
+)
 def test_a_malformed_experiment_is_answered_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, replacement: str, part: str
 ) -> None:

@@ -18,7 +18,9 @@ def test_a_chain_is_read_in_written_order() -> None:
 
 
 def test_components_references_and_texts_are_told_apart() -> None:
-    (stage,) = parse('base > train.sft(data="authors/full", head=euclidean(exponent=64), teacher=target)').stages
+    (stage,) = parse(
+        'base > train.sft(data="authors/full", head=euclidean(exponent=64), teacher=target)'
+    ).stages
     assert isinstance(stage, Call)
     assert dict(stage.options) == {
         "data": "authors/full",
@@ -47,7 +49,10 @@ def test_several_sweeps_multiply_with_the_last_running_fastest() -> None:
 
 def test_stages_and_components_can_be_swept() -> None:
     stages = expand(parse("t > {unlearn.npo, unlearn.satimp(beta1=6.0)}"))
-    assert [chain.stages[0] for _, chain in stages] == [Call("unlearn.npo"), Call("unlearn.satimp", (("beta1", 6.0),))]
+    assert [chain.stages[0] for _, chain in stages] == [
+        Call("unlearn.npo"),
+        Call("unlearn.satimp", (("beta1", 6.0),)),
+    ]
     inner = expand(parse("t > a.b(optimizer=adamw(learning_rate={0.1, 0.2}))"))
     assert [assignment for assignment, _ in inner] == [(("learning_rate", 0.1),), (("learning_rate", 0.2),)]
 
@@ -104,7 +109,7 @@ def test_everything_else_is_refused_with_a_sentence(text: str, part: str) -> Non
 
 def test_an_evaluation_cannot_be_swept() -> None:
     with pytest.raises(AssayError, match="cannot be swept"):
-        parse_call('{speed, size}')
+        parse_call("{speed, size}")
 
 
 numbers = st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, allow_infinity=False)

@@ -35,7 +35,9 @@ def _mass(angle: float, freedom: float) -> float:
     step = angle / PANELS
     weights = [1.0] + [4.0 if index % 2 else 2.0 for index in range(1, PANELS)] + [1.0]
     heights = [max(math.cos(index * step), 0.0) ** (freedom - 1) for index in range(PANELS + 1)]
-    return 2 * math.exp(log_scale) * step / 3 * math.fsum(w * h for w, h in zip(weights, heights, strict=True))
+    return (
+        2 * math.exp(log_scale) * step / 3 * math.fsum(w * h for w, h in zip(weights, heights, strict=True))
+    )
 
 
 def mean(values: Sequence[float]) -> float:

@@ -1,8 +1,8 @@
-"""Claims: whoever works on a job says so in ``results/claims/<id>.json``, and nobody else starts it meanwhile.
+"""Claims: whoever works on a job says so in ``results/claims/<id>.json``, and nobody else starts it.
 
-The file is made with O_CREAT|O_EXCL, locked with ``flock`` and touched every thirty seconds. A claim is dead when
-its process is gone, its scheduler job has ended, or its time stamp is ten minutes behind the clock of the file
-server. Claims only save work: publication by renaming keeps results right even where two jobs run at once.
+The file is made with O_CREAT|O_EXCL, locked with ``flock`` and touched every thirty seconds. A claim is dead
+when its process is gone, its scheduler job has ended, or its time stamp is ten minutes behind the clock of the
+file server. Claims only save work: publication by renaming keeps results right even where two jobs run at once.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def host_folder(name: str) -> Path:
     for folder in (top, top / name):
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-            raise AssayError(f"{folder} belongs to another user; remove it or set TMPDIR to a folder of your own.")
+            raise AssayError(f"{folder} belongs to another user; set TMPDIR to a folder of your own.")
     return top / name
 
 
@@ -78,7 +78,8 @@ def process_start(pid: int) -> str:
         return "" if fields[0] in "ZX" else fields[19]
     if os.path.isdir("/proc/self"):
         return ""
-    shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    command = ["ps", "-o", "lstart=", "-p", str(pid)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
     return shown.stdout.strip()
 
 
@@ -198,7 +199,7 @@ class Claim:
         released, descriptor = self._released, self._descriptor
         while not released.wait(TOUCH_SECONDS):
             if descriptor is not None:
-                # a file server out of reach is asked again: after ten minutes of that the claim is lost anyway
+                # a file server out of reach is asked again; ten minutes of that and the claim is lost anyway
                 with suppress(OSError):
                     os.utime(descriptor)
 
@@ -213,7 +214,7 @@ class Claim:
         return holder if isinstance(holder, dict) else {}
 
     def _remove_dead(self) -> bool:
-        """Remove a claim that is dead, seen again under the folder's lock so that of two takers one does it."""
+        """Remove a claim that is dead, looked at again under the folder's lock: of two takers one does it."""
         with _locked(self.folder / ".lock"):
             before = self._token()
             if not self._dead():

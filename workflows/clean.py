@@ -26,7 +26,9 @@ def removable(built: Plan) -> list[Path]:
     folders = []
     for job in stages:
         if job.id not in needed and job.id not in ends:
-            folders.extend(sorted(path for path in built.store.result(job.id).glob("model*") if path.is_dir()))
+            folders.extend(
+                sorted(path for path in built.store.result(job.id).glob("model*") if path.is_dir())
+            )
     return folders
 
 

@@ -21,7 +21,9 @@ IGNORED_NAMES = {"CLAIMS"}
 
 def code_of(found: Found, components: Iterable[Found], uses: Iterable[str]) -> dict[str, str]:
     """What of the code enters a job's id: file digests by name and ``REVISION`` by shared piece."""
-    files = {piece.name: file_digest(piece.path, piece.path.stat().st_mtime_ns) for piece in (found, *components)}
+    files = {
+        piece.name: file_digest(piece.path, piece.path.stat().st_mtime_ns) for piece in (found, *components)
+    }
     return files | {module: str(revision(module)) for module in sorted(set(uses))}
 
 
@@ -40,7 +42,9 @@ def _walk(node: object) -> Iterator[str]:
     if isinstance(node, ast.AST):
         yield f"({type(node).__name__}"
         for name, value in ast.iter_fields(node):
-            if name in ("annotation", "returns", "type_comment", "type_params", "kind", "ctx") or _is_empty(value):
+            if name in ("annotation", "returns", "type_comment", "type_params", "kind", "ctx") or _is_empty(
+                value
+            ):
                 continue
             yield f".{name}"
             yield from _walk(_without_noise(value) if name == "body" and isinstance(value, list) else value)
@@ -81,7 +85,9 @@ def revision(module: str) -> int:
     if not path.is_file():
         raise AssayError(f"{module} is named in USES but there is no {path.name}.")
     for statement in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(statement, ast.Assign) and [getattr(t, "id", "") for t in statement.targets] == ["REVISION"]:
+        if isinstance(statement, ast.Assign) and [getattr(t, "id", "") for t in statement.targets] == [
+            "REVISION"
+        ]:
             value = statement.value
             if isinstance(value, ast.Constant) and type(value.value) is int:
                 return value.value

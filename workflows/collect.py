@@ -139,7 +139,9 @@ class Collector:
         chain = [self.record(job.id) for job in self._ancestors(point.job)]
         whole = [each for each in chain if each is not None]
         yield row | _cost("energy", "stage_kwh", *_energy_value(record), "lower")
-        yield row | _cost("energy", "chain_kwh", sum(r.energy["total_kwh"] for r in whole), _unit(whole), "lower")
+        yield row | _cost(
+            "energy", "chain_kwh", sum(r.energy["total_kwh"] for r in whole), _unit(whole), "lower"
+        )
         yield row | _cost("time", "stage_seconds", record.seconds_inside, "s", "lower")
         yield row | _cost("time", "chain_seconds", sum(r.seconds_inside for r in whole), "s", "lower")
         yield row | _cost("memory", "stage_peak_mb", record.peak_memory_mb, "MB", "lower")
@@ -178,7 +180,11 @@ class Collector:
             return row | _record_columns(record)
         if failure is not None:
             energy = failure.energy
-            return row | {"attempts": failure.attempts, "end": failure.end, "energy_kwh": energy.get("total_kwh")}
+            return row | {
+                "attempts": failure.attempts,
+                "end": failure.end,
+                "energy_kwh": energy.get("total_kwh"),
+            }
         return row
 
     def curves(self) -> Iterator[RowDict]:
@@ -233,7 +239,9 @@ class Collector:
         """Write the four files, each atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         results = list(self.results())
-        write_atomic(folder / "experiment.json", json.dumps(self.experiment(), indent=1, ensure_ascii=False) + "\n")
+        write_atomic(
+            folder / "experiment.json", json.dumps(self.experiment(), indent=1, ensure_ascii=False) + "\n"
+        )
         write_atomic(folder / "results.csv", _csv(RESULT_COLUMNS, results))
         write_atomic(folder / "jobs.csv", _csv(JOB_COLUMNS, self.jobs()))
         write_atomic(folder / "curves.csv", _csv(CURVE_COLUMNS, self.curves()))
@@ -245,7 +253,9 @@ def own_claim(values: dict[str, Any], number: int) -> Claim:
     known = {field.name for field in dataclasses.fields(Claim)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise AssayError(f"claim {number}: there is no key {unknown[0]!r}; there are: {', '.join(sorted(known))}.")
+        raise AssayError(
+            f"claim {number}: there is no key {unknown[0]!r}; there are: {', '.join(sorted(known))}."
+        )
     try:
         return Claim(**values)
     except TypeError as error:
@@ -301,7 +311,9 @@ def _csv(columns: tuple[str, ...], rows: Iterable[RowDict]) -> str:
 def _write_parquet(folder: Path) -> None:
     import pandas
 
-    table = pandas.read_csv(folder / "results.csv", dtype={"seed": "Int64"}, keep_default_na=False, na_values=[""])
+    table = pandas.read_csv(
+        folder / "results.csv", dtype={"seed": "Int64"}, keep_default_na=False, na_values=[""]
+    )
     table.to_parquet(folder / "results.parquet", index=False)
 
 
@@ -326,7 +338,6 @@ def report_folder(plan: Plan) -> Path:
     """``results/<experiment>``; a smoke run has a folder of its own."""
     name = plan.experiment.name + ("_smoke" if plan.settings.smoke else "")
     return plan.settings.results / name
-
 
 
 if __name__ == "__main__":

@@ -107,9 +107,9 @@ def prepare(country: str) -> None:
 def _sources(tracker: Any, gpu_ids: tuple[str, ...]) -> dict[str, str]:
     """How each part of the energy was obtained. CodeCarbon's own output does not say."""
     modes = {type(item).__name__: getattr(item, "_mode", "") for item in tracker._hardware}
-    cpu = "measured: rapl" if modes.get("CPU") == "intel_rapl" else "estimated: " + (
-        modes["CPU"].replace("_", " ") if "CPU" in modes else next(iter(modes.keys() - {"RAM", "GPU"}), "none")
-    )  # fmt: skip
+    others = sorted(modes.keys() - {"CPU", "RAM", "GPU"})
+    mode = modes.get("CPU", " ".join(others)) or "nothing found"
+    cpu = "measured: rapl" if mode == "intel_rapl" else f"estimated: {mode.replace('_', ' ')}"
     whole_cards = not any(card.startswith("MIG-") for card in gpu_ids)
     gpu = ("measured: nvml" if whole_cards else "estimated: nvml, whole card") if gpu_ids else "none"
     return {"cpu": cpu, "gpu": gpu, "ram": "estimated: constant"}
@@ -121,10 +121,16 @@ def _sources(tracker: Any, gpu_ids: tuple[str, ...]) -> dict[str, str]:
 def _handle(card: str) -> Any:
     library = lease.nvml()
     if library is None:
-        raise AssayError(f"card {card} is to be metered, but NVML does not answer: is the NVIDIA driver loaded?")
+        raise AssayError(
+            f"card {card} is to be metered, but NVML does not answer: is the NVIDIA driver loaded?"
+        )
     try:
         handle = library.nvmlDeviceGetHandleByUUID(card)
-        return library.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle) if card.startswith("MIG-") else handle
+        return (
+            library.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+            if card.startswith("MIG-")
+            else handle
+        )
     except library.NVMLError as error:
         raise AssayError(f"card {card} cannot be metered: NVML says {error}.") from error
 
@@ -203,15 +209,16 @@ class Meter:
     """Meters one attempt at a job; its numbers include ``carried``, the last numbers of earlier attempts.
 
     ``gpu_ids`` are the UUIDs of the leased cards. ``each`` is called with the running total after every reading,
-    from the meter's thread.
+    from the meter's thread. A meter inside a metered job does not ``announce`` itself: it is no second job.
     """
 
     def __init__(self, country: str, gpu_ids: tuple[str, ...] = (), carried: dict[str, Any] | None = None,
-                 each: Callable[[dict[str, Any]], None] | None = None) -> None:  # fmt: skip
+                 each: Callable[[dict[str, Any]], None] | None = None, announce: bool = True) -> None:  # fmt: skip
         self.country = country_iso(country)
         self.gpu_ids = gpu_ids
         self.carried = carried or {}
         self._each = each
+        self._announce = announce
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._latest = _Latest()
@@ -223,7 +230,7 @@ class Meter:
         self._tracker = _tracker(self.country, [_index(card) for card in self.gpu_ids], self._latest)
         self._source = _sources(self._tracker, self.gpu_ids)
         self._counters = {card: _counter(card) for card in self.gpu_ids}
-        self._presence = _Presence()
+        self._presence = _Presence() if self._announce else None
         self._begun = time.monotonic()
         self._tracker.start()
         self._read()
@@ -249,7 +256,8 @@ class Meter:
             return self._totals()
         finally:
             self._tracker.stop()  # once more where a failure came before; the second time it does nothing
-            self._presence.end()
+            if self._presence is not None:
+                self._presence.end()
 
     def _read_often(self) -> None:
         while not self._stopping.wait(SECONDS_BETWEEN_READINGS):
@@ -267,7 +275,7 @@ class Meter:
     def _read(self) -> None:
         """One reading; CodeCarbon leaves it out when the last one is less than 50 ms old."""
         if self._tracker.flush() is None:
-            raise AssayError(f"CodeCarbon failed to read the energy: {_Complaints.last or 'it gave no reason'}")
+            raise AssayError(f"CodeCarbon failed to read the energy: {_Complaints.last or 'no reason given'}")
 
     def _last_reading(self) -> None:
         self._tracker._measure_power_and_energy()  # however short ago the last one was
@@ -277,7 +285,7 @@ class Meter:
             time.sleep(0.2)  # a card renews its counter about ten times a second
             self._tracker._measure_power_and_energy()
         if self._tracker.stop() is None:
-            raise AssayError(f"CodeCarbon has metered nothing: {_Complaints.last or 'it gave no reason'}")
+            raise AssayError(f"CodeCarbon has metered nothing: {_Complaints.last or 'no reason given'}")
 
     def _zero_cards(self) -> list[str]:
         return [card for card, before in self._counters.items() if _counter(card) <= before]
@@ -286,7 +294,7 @@ class Meter:
         zero = self._zero_cards()
         if zero or (self.gpu_ids and self._latest.total.gpu_energy <= 0):
             named = ", ".join(zero or self.gpu_ids)
-            raise AssayError(f"the job leased {named}, and its energy counter did not move: nothing was metered.")
+            raise AssayError(f"the job leased {named}, but the energy counter did not move: nothing was metered.")
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -298,7 +306,8 @@ class Meter:
         own = {
             "total_kwh": total.energy_consumed, "cpu_kwh": total.cpu_energy, "gpu_kwh": total.gpu_energy,
             "ram_kwh": total.ram_energy, "emissions_kg": total.emissions, "seconds": seconds,
-            "readings": self._readings, "source": self._source, "alone": self._presence.alone(),
+            "readings": self._readings, "source": self._source,
+            "alone": self._presence is None or self._presence.alone(),
             "cards": {card: _counter(card) - before for card, before in self._counters.items()},
         }  # fmt: skip
         both = add(self.carried, own) if self.carried else own
@@ -308,7 +317,8 @@ class Meter:
 def add(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Two attempts at one job as one account; sources that differ are both named."""
     sums: dict[str, Any] = {name: first[name] + second[name] for name in ENERGIES}
-    sums["source"] = {part: _merged(first["source"][part], second["source"][part]) for part in second["source"]}
+    parts = ("cpu", "gpu", "ram")
+    sums["source"] = {part: _merged(first["source"][part], second["source"][part]) for part in parts}
     sums["alone"] = first["alone"] and second["alone"]
     cards = {**first["cards"], **second["cards"]}
     sums["cards"] = {card: first["cards"].get(card, 0.0) + second["cards"].get(card, 0.0) for card in cards}

@@ -30,7 +30,8 @@ class Layout(_Strict):
 
     kind: Literal["llama"] = "llama"
     tied: bool = True
-    grouped: bool = True
+    heads: int = 4
+    kv_heads: int = 2
     chat: bool = True
 
 
@@ -112,7 +113,9 @@ def find(experiment: str) -> Path:
         raise AssayError(f"experiment={experiment}: there is no such file.")
     shipped = {path.stem: path for path in EXPERIMENTS.glob("*.yaml")}
     if experiment not in shipped:
-        raise AssayError(f"experiment={experiment}: there is no such experiment{nearest(experiment, shipped)}")
+        raise AssayError(
+            f"experiment={experiment}: there is no such experiment{nearest(experiment, shipped)}"
+        )
     return shipped[experiment]
 
 
@@ -151,10 +154,14 @@ def _read(path: Path) -> tuple[dict[str, Any], Lines]:
 def _refuse_anchors(path: Path, text: str) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise AssayError(f"{path}, line {event.start_mark.line + 1}: anchors and aliases are not used here; write it out.")
+            raise AssayError(
+                f"{path}, line {event.start_mark.line + 1}: anchors and aliases are not used here; write it out."
+            )
         tag = getattr(event, "tag", None)
         if tag is not None and tag != "!":
-            raise AssayError(f"{path}, line {event.start_mark.line + 1}: tags such as {tag} are not used here.")
+            raise AssayError(
+                f"{path}, line {event.start_mark.line + 1}: tags such as {tag} are not used here."
+            )
 
 
 def _broken(path: Path, error: Exception) -> str:
@@ -178,7 +185,9 @@ def _mapping(path: Path, node: yaml.MappingNode, place: tuple[Any, ...], lines: 
     for key_node, value_node in node.value:
         key, line = key_node.value, key_node.start_mark.line + 1
         if not isinstance(key, str):
-            raise AssayError(f"{path}, line {line}: this mapping is broken by its braces; put the chain in single quotes.")
+            raise AssayError(
+                f"{path}, line {line}: this mapping is broken by its braces; put the chain in single quotes."
+            )
         if key in result:
             raise AssayError(f"{path}, line {line}: {key} is given twice.")
         result[key] = _build(path, value_node, (*place, key), lines)
@@ -206,8 +215,9 @@ def _sentence(path: Path, error: ValidationError, values: dict[str, Any], lines:
     if first["type"] == "missing":
         return f"{where}: the key {dotted!r} is missing."
     if place[:1] == ("country",):
-        return f"{where}: country is a three-letter code in capitals such as FRA or DEU, not {first['input']!r}" + (
-            " (YAML reads NO as False; write NOR)." if first["input"] is False else "."
+        return (
+            f"{where}: country is a three-letter code in capitals such as FRA or DEU, not {first['input']!r}"
+            + (" (YAML reads NO as False; write NOR)." if first["input"] is False else ".")
         )
     if place[:1] == ("chains",) and not isinstance(first["input"], str):
         return f"{where}: chain {dotted.removeprefix('chains.')} is broken up by YAML; put the chain in single quotes."
@@ -227,7 +237,9 @@ def _check_names(path: Path, experiment: Experiment, lines: Lines) -> None:
         for name in getattr(experiment, section):
             if not NAME.fullmatch(name):
                 line = line_of(lines, (section, name))
-                raise AssayError(f"{path}, line {line}: {name!r} is no name; names are small letters, digits and _.")
+                raise AssayError(
+                    f"{path}, line {line}: {name!r} is no name; names are small letters, digits and _."
+                )
     for name in set(experiment.models) & set(experiment.chains):
         line = line_of(lines, ("chains", name))
         raise AssayError(f"{path}, line {line}: {name} is a model and a chain; rename one of them.")

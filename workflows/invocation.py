@@ -62,7 +62,7 @@ class Invocation:
 
     def pattern(self, family: str) -> str:
         """The output pattern of a family's rule."""
-        return str(self.receipts / "{run}" / ("{id,%s[.][a-z0-9_.]+-[0-9a-f]{12}}" % family))
+        return str(self.receipts / "{run}" / f"{{id,{family}[.][a-z0-9_.]+-[0-9a-f]{{12}}}}")
 
     def all_receipts(self) -> list[str]:
         """What must be there before the report is drawn."""
@@ -108,7 +108,9 @@ class Invocation:
             "methods": ",".join(map(str, self.settings.methods)), "keep_stale": str(self.settings.keep_stale).lower(),
             "scale": self.settings.scale,
         }  # fmt: skip
-        return " ".join(shlex.quote(f"{key}={value}") for key, value in values.items() if value not in (None, ""))
+        return " ".join(
+            shlex.quote(f"{key}={value}") for key, value in values.items() if value not in (None, "")
+        )
 
     # - resources
 

@@ -2,8 +2,8 @@
 
 Snakemake counts cards and does not choose one. A lease locks a file per card on this host and narrows
 ``CUDA_VISIBLE_DEVICES`` to the cards it got. The kernel frees the lock when the job *and every process it
-started* have ended: a left-over child that still occupies the card keeps it leased. Under Slurm, which hands out
-cards itself, nothing is locked.
+started* have ended: a left-over child that still occupies the card keeps it leased. Under Slurm, which hands
+out cards itself, nothing is locked.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def _all_cards() -> list[str]:
 def visible_cards() -> tuple[str, ...]:
     """UUIDs of the cards that this process may see: all, or those that CUDA_VISIBLE_DEVICES names.
 
-    As in CUDA, an entry is an index, a UUID or the beginning of one, and the first that names no card ends the
-    list. A MIG instance (``MIG-...``) stands for itself.
+    As in CUDA, an entry is an index, a UUID or the beginning of one, and the first that names no card ends
+    the list. A MIG instance (``MIG-...``) stands for itself.
     """
     cards = _all_cards()
     wanted = os.environ.get(VISIBLE)
@@ -81,10 +81,10 @@ def _card(entry: str, cards: Sequence[str]) -> str | None:
 
 @contextmanager
 def lease(count: int) -> Iterator[tuple[str, ...]]:
-    """Hold ``count`` free visible cards, waiting for them where needed, and make only these visible to CUDA.
+    """Hold ``count`` free visible cards, waiting where needed, and make only these visible to CUDA.
 
-    With ``count`` 0 no card is visible: a job that asked for none cannot disturb one. Asking for more cards than
-    there are is an AssayError.
+    With ``count`` 0 no card is visible: a job that asked for none cannot disturb one. Asking for more cards
+    than there are is an AssayError.
     """
     cards = visible_cards()
     if scheduler_job():
@@ -104,7 +104,7 @@ def lease(count: int) -> Iterator[tuple[str, ...]]:
 
 
 def _acquire(cards: Sequence[str], count: int) -> dict[str, int]:
-    """Lock ``count`` of the cards, all or none, so that two jobs that need several never wait for each other."""
+    """Lock ``count`` of the cards, all or none: two jobs that need several never wait for each other."""
     folder = host_folder("cards")
     said = False
     while len(held := _take_free(folder, cards, count)) < count:

@@ -22,13 +22,24 @@ from typing import Any
 import pandas as pd
 
 from methods.stage import AssayError
-from workflows import chance
+from workflows import chance, curves
 
 COSTS = ("energy", "time", "memory")
 NOT_REACHED = "level not reached"
 _LEVEL = re.compile(r"curve\.(?P<term>[^@]+)@(?P<at>[^=]+)=(?P<level>.+)")
 _CURVES = ("chain", "label", "model_id", "seed", "method", "step", "term", "value")
-_JOBS = ("id", "kind", "label", "method", "status", "energy_kwh", "energy_source", "update_lost_in_saving", "stale", "chains")
+_JOBS = (
+    "id",
+    "kind",
+    "label",
+    "method",
+    "status",
+    "energy_kwh",
+    "energy_source",
+    "update_lost_in_saving",
+    "stale",
+    "chains",
+)
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,8 @@ class Measured:
         runs = []
         for source, experiment in self.experiments.items():
             rows = self.results[self.results["source"] == source]
-            declared = {name: place for place, name in enumerate(experiment.get("chains", {}))}
+            words = [*experiment.get("models", {}), *experiment.get("chains", {})]
+            declared = {name: place for place, name in enumerate(words)}
             names = list(dict.fromkeys(rows["chain"]))
             names.sort(key=lambda name: declared.get(name.partition("[")[0], len(declared)))
             runs += [self._chain(source, name, rows[rows["chain"] == name]) for name in names]
@@ -200,7 +212,11 @@ class Measured:
         rows = run.rows[run.rows["entry"] == column.entry]
         wanted = rows[(rows["metric"] == column.metric) & (rows["task"] == column.task)]
         there = wanted[(wanted["status"] == "ok") & wanted["value"].notna()]
-        lost = rows[(rows["status"] != "ok") & rows["metric"].isin(["", column.metric]) & rows["task"].isin(["", column.task])]
+        lost = rows[
+            (rows["status"] != "ok")
+            & rows["metric"].isin(["", column.metric])
+            & rows["task"].isin(["", column.task])
+        ]
         samples: dict[str, Sample] = {}
         for row in there.to_dict("records"):
             stderr = None if math.isnan(row["stderr"]) else row["stderr"]
@@ -225,7 +241,19 @@ def read_rows(path: Path) -> pd.DataFrame:
     lacking = [name for name in needed if name not in frame]
     if lacking:
         raise AssayError(f"{path}: this is no results table; it has no column {', '.join(lacking)}.")
-    for name in ("experiment", "model_id", "score_id", "base", "family", "method", "options", "swept", "unit", "better", "stderr"):
+    for name in (
+        "experiment",
+        "model_id",
+        "score_id",
+        "base",
+        "family",
+        "method",
+        "options",
+        "swept",
+        "unit",
+        "better",
+        "stderr",
+    ):
         if name not in frame:
             frame[name] = ""
     for name in ("value", "stderr"):
@@ -255,7 +283,9 @@ def _experiment(folder: Path) -> dict[str, Any]:
     try:
         experiment = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AssayError(f"{path}: there is no such file; a report needs the resolved experiment beside results.csv.") from None
+        raise AssayError(
+            f"{path}: there is no such file; a report needs the resolved experiment beside results.csv."
+        ) from None
     except json.JSONDecodeError as error:
         raise AssayError(f"{path}: this is no JSON (line {error.lineno}).") from None
     return dict(experiment)
@@ -284,7 +314,9 @@ def _matching(rows: pd.DataFrame, rest: str) -> list[Column]:
     frame = rows[["entry", "task", "metric", "better", "unit"]].drop_duplicates(["entry", "task", "metric"])
     keys = frame.to_dict("records")
     exact = [key for key in keys if rest in (key["metric"], f"{key['task']}.{key['metric']}")]
-    loose = [key for key in keys if any(rest == f"{task}.{key['metric']}" for task in _short_tasks(key["task"]))]
+    loose = [
+        key for key in keys if any(rest == f"{task}.{key['metric']}" for task in _short_tasks(key["task"]))
+    ]
     chosen = exact or loose
     return [_column(key, alone=len(chosen) == 1, asked=rest) for key in chosen]
 
@@ -307,7 +339,9 @@ def _curve_column(reference: str) -> Column:
     except ValueError:
         level = math.nan
     if match is None or not math.isfinite(level):
-        raise AssayError(f"{reference}: write a matched level as curve.TERM@TERM=LEVEL, e.g. curve.probe.retain@probe.forget=2.")
+        raise AssayError(
+            f"{reference}: write a matched level as curve.TERM@TERM=LEVEL, e.g. curve.probe.retain@probe.forget=2."
+        )
     return Column(reference, "curve", "", match["term"], at=match["at"], level=level)
 
 
@@ -323,38 +357,7 @@ def _statuses(rows: pd.DataFrame) -> dict[str, int]:
     return dict(sorted(Counter(seeds["status"]).items()))
 
 
-# --- curves -----------------------------------------------------------------------------------------------
-
-
-def term(curves: pd.DataFrame, name: str) -> pd.DataFrame:
-    """One term of one run: finite ``step`` and ``value``, in order; a step logged twice counts once."""
-    rows = curves[(curves["term"] == name) & curves["value"].notna()]
-    return rows.drop_duplicates("step", keep="last").sort_values("step")[["step", "value"]]
-
-
-def value_at_level(curves: pd.DataFrame, name: str, at: str, level: float) -> float | None:
-    """Term ``name`` where term ``at`` first passes ``level`` upwards, both linear between logged steps."""
-    step = _first_passing(term(curves, at), level)
-    wanted = term(curves, name)
-    if step is None or wanted.empty or not wanted["step"].iloc[0] <= step <= wanted["step"].iloc[-1]:
-        return None
-    steps, values = wanted["step"].tolist(), wanted["value"].tolist()
-    for index in range(1, len(steps)):
-        if step <= steps[index]:
-            share = (step - steps[index - 1]) / (steps[index] - steps[index - 1])
-            return float(values[index - 1] + share * (values[index] - values[index - 1]))
-    return float(values[-1])
-
-
-def _first_passing(curve: pd.DataFrame, level: float) -> float | None:
-    steps, values = curve["step"].tolist(), curve["value"].tolist()
-    if values and values[0] == level:
-        return float(steps[0])
-    for index in range(1, len(steps)):
-        below, above = values[index - 1], values[index]
-        if below < level <= above:
-            return float(steps[index - 1] + (level - below) / (above - below) * (steps[index] - steps[index - 1]))
-    return None
+# --- curves ---------------------------------------------------------------------------------------------
 
 
 def _curve_cell(run: ChainRun, column: Column) -> Cell:
@@ -363,8 +366,16 @@ def _curve_cell(run: ChainRun, column: Column) -> Cell:
     if not {column.metric, column.at} <= terms:
         return Cell(statuses=_statuses(run.rows[run.rows["status"] != "ok"]))
     samples, unreached = [], 0
-    for (seed, model), rows in run.curves.groupby(["seed", "model_id"], sort=False):
-        value = value_at_level(rows, column.metric, column.at, column.level)
+    for seed, model, rows in distinct_curves(run):
+        value = curves.value_at_level(rows, column.metric, column.at, column.level)
         unreached += value is None
         samples += [] if value is None else [Sample(seed, model, value)]
     return Cell(tuple(samples), {NOT_REACHED: unreached} if unreached else {})
+
+
+def distinct_curves(run: ChainRun) -> list[tuple[str, str, pd.DataFrame]]:
+    """(seed, model id, rows) of every distinct model of the chain: the curve of its last stage."""
+    first = run.curves.drop_duplicates("model_id")
+    own = run.curves
+    return [(seed, model, own[(own["model_id"] == model) & (own["seed"] == seed)])
+            for seed, model in zip(first["seed"], first["model_id"], strict=True)]  # fmt: skip

@@ -84,8 +84,10 @@ def parse_name(text: str) -> Name:
 
 
 def _tree(text: str) -> tuple[ast.expr, set[int]]:
-    if not isinstance(text, str) or not text.strip():
-        raise AssayError("a chain is a text such as 'base > train.sft(data=\"authors/full\")'; this one is empty.")
+    if not text.strip():
+        raise AssayError(
+            "a chain is a text such as 'base > train.sft(data=\"authors/full\")'; this one is empty."
+        )
     if len(text) > LONGEST:
         raise AssayError(f"a chain may have {LONGEST} characters; this one has {len(text)}.")
     line = " ".join(text.split("\n")).strip()
@@ -233,7 +235,9 @@ class _Reader:
             return name
         if isinstance(node, ast.Call):
             return self.call(node)
-        raise self.wrong(node, "a value is text, a number, True, False, None, a list, a mapping, a name or a component")
+        raise self.wrong(
+            node, "a value is text, a number, True, False, None, a list, a mapping, a name or a component"
+        )
 
     def inner(self, node: ast.expr) -> Value:
         value = self.value(node)
@@ -244,7 +248,9 @@ class _Reader:
     def mapping(self, node: ast.Dict) -> dict[str, Value]:
         result: dict[str, Value] = {}
         for key, value in zip(node.keys, node.values, strict=True):
-            if not (isinstance(key, ast.Constant) and isinstance(key.value, str)) or key.value.startswith("$"):
+            if not (isinstance(key, ast.Constant) and isinstance(key.value, str)) or key.value.startswith(
+                "$"
+            ):
                 raise self.wrong(value, "the keys of a mapping are plain texts")
             if key.value in result:
                 raise self.wrong(value, f"the mapping names {key.value!r} twice")
@@ -267,7 +273,9 @@ class _Reader:
 
     def wrong(self, node: ast.AST, reason: str) -> AssayError:
         start, end = getattr(node, "col_offset", 0), getattr(node, "end_col_offset", None)
-        return AssayError(f"{self.text!r}, at {self.text.encode()[start:end].decode(errors='replace')!r}: {reason}.")
+        return AssayError(
+            f"{self.text!r}, at {self.text.encode()[start:end].decode(errors='replace')!r}: {reason}."
+        )
 
 
 def _is_number(value: Value) -> bool:
@@ -284,7 +292,9 @@ def format_value(value: Value) -> str:
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(map(format_value, value)) + "]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{format_value(key)}: {format_value(item)}" for key, item in value.items()) + "}"
+        return (
+            "{" + ", ".join(f"{format_value(key)}: {format_value(item)}" for key, item in value.items()) + "}"
+        )
     if isinstance(value, Choice):
         return "{" + ", ".join(map(format_value, value.elements)) + "}"
     if isinstance(value, Call):
@@ -302,7 +312,9 @@ def format_call(name: str, options: tuple[tuple[str, Value], ...]) -> str:
 
 def format_name(name: Name) -> str:
     """``pruned[sparsity=0.5]@0``."""
-    pins = "[" + ", ".join(f"{key}={format_value(value)}" for key, value in name.pins) + "]" if name.pins else ""
+    pins = (
+        "[" + ", ".join(f"{key}={format_value(value)}" for key, value in name.pins) + "]" if name.pins else ""
+    )
     seed = f"@{name.seed}" if name.seed is not None else ""
     step = f"@step{name.step}" if name.step is not None else ""
     return f"{name.text}{pins}{seed}{step}"
@@ -328,7 +340,7 @@ def expand(chain: Chain) -> list[tuple[Assignment, Chain]]:
 
 def _sweeps(value: Value, index: int, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Choice]]:
     if isinstance(value, Choice):
-        yield (*path, "stage") if not path else path, value
+        yield path or ("stage",), value
     elif isinstance(value, Call):
         for option, inner in value.options:
             yield from _sweeps(inner, index, (*path, value.name, option))
@@ -345,5 +357,11 @@ def _choose(value: Value, chosen: Iterator[Value]) -> Value:
 def _keys(paths: list[tuple[str, ...]]) -> list[str]:
     """The shortest name that tells the sweeps apart: the option, else stage and option, else with a number."""
     short = [path[-1] for path in paths]
-    named = [key if short.count(key) == 1 else "_".join(path).replace(".", "_") for key, path in zip(short, paths, strict=True)]
-    return [key if named.count(key) == 1 else f"{key}_{named[:place].count(key) + 1}" for place, key in enumerate(named)]
+    named = [
+        key if short.count(key) == 1 else "_".join(path).replace(".", "_")
+        for key, path in zip(short, paths, strict=True)
+    ]
+    return [
+        key if named.count(key) == 1 else f"{key}_{named[:place].count(key) + 1}"
+        for place, key in enumerate(named)
+    ]

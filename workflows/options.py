@@ -68,11 +68,11 @@ def resolve(call: Call, found: Found, catalogue: Catalogue, refer: Refer, smoke:
 
 
 def label_options(call: Call, config_class: type) -> tuple[tuple[str, Value], ...]:
-    """Options in declaration order; those that equal their default are dropped."""
+    """Options in declaration order; those that equal their default or only say *how* are dropped."""
     given = dict(call.options)
     kept = []
     for option in fields_of(config_class):
-        if option.name in given and not _equals_default(given[option.name], option.default):
+        if option.name in given and not option.how and not _equals_default(given[option.name], option.default):
             kept.append((option.name, given[option.name]))
     return tuple(kept)
 
@@ -146,7 +146,9 @@ class _Builder:
         self.refuse_unknown(call, options)
         given = dict(call.options)
         values = {name: self.value(call.name, option, given) for name, option in options.items()}
-        checked = {name: self.check(call.name, options[name], config_class, value) for name, value in values.items()}
+        checked = {
+            name: self.check(call.name, options[name], config_class, value) for name, value in values.items()
+        }
         try:
             return config_class(**checked)
         except (ValueError, TypeError) as error:
@@ -203,7 +205,9 @@ class _Builder:
         found = self.catalogue.component(option.kind, call.name)
         self.components.append(found)
         config = self.config(call, found)
-        return Component(call.name, {item.name: getattr(config, item.name) for item in fields_of(type(config))})
+        return Component(
+            call.name, {item.name: getattr(config, item.name) for item in fields_of(type(config))}
+        )
 
     def check(self, method: str, option: OptionField, config_class: type, value: Any) -> Any:
         if option.reference or (option.kind is not None and option.kind != "dataset"):
@@ -212,7 +216,9 @@ class _Builder:
             checked = _adapter(config_class, option.name).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise AssayError(f"{method}: {option.name}={format_value(value)}: {reason[0].lower()}{reason[1:]}.") from None
+            raise AssayError(
+                f"{method}: {option.name}={format_value(value)}: {reason[0].lower()}{reason[1:]}."
+            ) from None
         if option.kind == "dataset" and checked is not None:
             self.data.extend(checked if isinstance(checked, tuple) else (checked,))
         return checked
@@ -222,7 +228,11 @@ class _Builder:
         items = value if isinstance(value, tuple) else (value,)
         for item in items:
             if not (isinstance(item, wanted) or (item is None and option.optional)):
-                what = "the name of a chain or model" if option.reference else f"a component of kind {option.kind}"
+                what = (
+                    "the name of a chain or model"
+                    if option.reference
+                    else f"a component of kind {option.kind}"
+                )
                 raise AssayError(f"{method}: {option.name}={format_value(item)}: this option takes {what}.")
         return value
 
@@ -233,7 +243,10 @@ class _Builder:
 def encode(value: Any) -> Any:
     """A config value as JSON: components and references are marked with ``$``."""
     if isinstance(value, Component):
-        return {"$component": value.name, "options": {key: encode(item) for key, item in value.options.items()}}
+        return {
+            "$component": value.name,
+            "options": {key: encode(item) for key, item in value.options.items()},
+        }
     if isinstance(value, Parent):
         return {"$result": value.id}
     if isinstance(value, (tuple, list)):

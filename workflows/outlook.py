@@ -24,10 +24,16 @@ def print_plan(plan: Plan) -> None:
 def summary(plan: Plan) -> list[str]:
     """The totals: how much is to run, how long it took before, how much will be written."""
     missing, records = plan.missing, _records(plan)
-    seconds = {i: _typical([r.seconds_inside + r.seconds_outside for r in records[job.method]]) for i, job in missing.items()}
+    seconds = {
+        i: _typical([r.seconds_inside + r.seconds_outside for r in records[job.method]])
+        for i, job in missing.items()
+    }
     known = [value for value in seconds.values() if value is not None]
     energy = [_typical([r.energy["total_kwh"] for r in records[job.method]]) for job in missing.values()]
-    sizes = [_typical([float(sum(f.bytes for f in r.files)) for r in records[job.method]]) for job in missing.values()]
+    sizes = [
+        _typical([float(sum(f.bytes for f in r.files)) for r in records[job.method]])
+        for job in missing.values()
+    ]
     free = shutil.disk_usage(_existing(plan)).free
     return [
         f"{len(plan.jobs)} jobs, {len(plan.jobs) - len(missing)} finished, {len(missing)} to run "

@@ -66,7 +66,9 @@ class Member:
 
 def _as_text(assignment: Assignment) -> Assignment:
     """Swept stages and components become texts, so that a member can be named in one line."""
-    return tuple((key, notation.format_value(v) if isinstance(v, (Call, Name)) else v) for key, v in assignment)
+    return tuple(
+        (key, notation.format_value(v) if isinstance(v, (Call, Name)) else v) for key, v in assignment
+    )
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ class _Builder:
         return self._members[chain]
 
     def _expand(self, chain: str) -> Iterator[Member]:
-        with _at(f"chain {chain}"):
+        with _Place(f"chain {chain}"):
             parsed = notation.parse(self.experiment.chains[chain])
             for assignment, text in notation.expand(parsed):
                 for origin in self._origins(text.first):
@@ -271,7 +273,7 @@ class _Builder:
             if member.name in self._open:
                 raise AssayError(f"chain {member.chain} needs its own result: {' > '.join(self._open)}.")
             self._open.append(member.name)
-            with _at(f"chain {member.chain}"):
+            with _Place(f"chain {member.chain}"):
                 self._points[key] = self._resolve(member, seed)
             self._open.pop()
         return self._points[key]
@@ -297,7 +299,9 @@ class _Builder:
     def _seed(self, name: Name, seed: int) -> int:
         if name.seed is not None and name.seed not in self.experiment.seeds:
             there = ", ".join(map(str, self.experiment.seeds))
-            raise AssayError(f"{notation.format_name(name)}: the experiment has no seed {name.seed}; it has {there}.")
+            raise AssayError(
+                f"{notation.format_name(name)}: the experiment has no seed {name.seed}; it has {there}."
+            )
         return seed if name.seed is None else name.seed
 
     def _at_step(self, point: Point, name: Name) -> Point:
@@ -323,7 +327,7 @@ class _Builder:
     def model_point(self, name: str, seed: int) -> Point:
         """The starting model ``name``: a job for a new one, a folder for one that exists."""
         if (name, seed) not in self._points:
-            with _at(f"model {name}"):
+            with _Place(f"model {name}"):
                 self._points[name, seed] = self._model_point(name, self.experiment.models[name], seed)
         return self._points[name, seed]
 
@@ -331,14 +335,22 @@ class _Builder:
         if spec.new is not None:
             return self._new_model(name, Call("model.new", (("kind", spec.new), *_options(spec))), seed)
         if spec.hf is not None and self.settings.smoke:
-            layout = tuple(spec.layout.model_dump().items())
-            return self._new_model(name, Call("model.smoke", layout), seed)
+            layout = {**spec.layout.model_dump(), "stands_for": spec.hf}
+            return self._new_model(name, Call("model.smoke", tuple(layout.items())), seed)
         if spec.hf is not None:
             recipe = digest(["hub", spec.hf, spec.revision])
             return Point(name, ParentRef(id=f"model.hub-{recipe[:12]}"), name, name, recipe, False, seed)
         folder = Path(spec.path).absolute() if spec.path else self.locator.folder_of(str(spec.data))
         recipe = digest(["folder", folder_digest(folder)])
-        return Point(name, ParentRef(id=f"model.folder-{recipe[:12]}", path=str(folder)), name, name, recipe, False, seed)
+        return Point(
+            name,
+            ParentRef(id=f"model.folder-{recipe[:12]}", path=str(folder)),
+            name,
+            name,
+            recipe,
+            False,
+            seed,
+        )
 
     def _new_model(self, name: str, call: Call, seed: int) -> Point:
         point = self._stage(call, None, None, seed)
@@ -356,12 +368,16 @@ class _Builder:
         module = found.load()
         seeded_here = bool(module.SEEDED)
         label = resolved.label if parent is None else f"{parent.label} > {resolved.label}"
-        job = self._job("stage", call.name, f"{call.name}-", label, resolved, parents, seed if seeded_here else None)
+        job = self._job(
+            "stage", call.name, f"{call.name}-", label, resolved, parents, seed if seeded_here else None
+        )
         seeded = seeded_here or any(point.seeded for point in parents.values())
         base = parent.base if parent else call.name
         return Point(label, ParentRef(id=job.id), label, base, job.recipe, seeded, seed, job)
 
-    def _resolved(self, call: Call, found: Found, member: Member | None, seed: int) -> tuple[Resolved, dict[str, Point]]:
+    def _resolved(
+        self, call: Call, found: Found, member: Member | None, seed: int
+    ) -> tuple[Resolved, dict[str, Point]]:
         references: dict[str, Point] = {}
 
         def refer(option: str, name: Name) -> Parent:
@@ -423,17 +439,21 @@ class _Builder:
 
     def _resources(self, method: str) -> dict[str, float]:
         asked = self.experiment.resources
-        chosen = asked.get(method) or asked.get(method.partition(".")[0]) or asked.get("default") or Resources()
+        chosen = (
+            asked.get(method) or asked.get(method.partition(".")[0]) or asked.get("default") or Resources()
+        )
         return {key: value for key, value in chosen.model_dump().items() if value is not None}
 
     # - scores
 
     def scores(self, entry: str, evaluation: Evaluation) -> Iterator[Shown]:
         """The scores of one entry of ``evaluate:``."""
-        with _at(f"evaluate {entry}"):
+        with _Place(f"evaluate {entry}"):
             call = notation.parse_call(evaluation.run)
             if any(isinstance(value, Choice) for _, value in call.options):
-                raise AssayError(f"{evaluation.run!r}: an evaluation cannot be swept; write one entry for each.")
+                raise AssayError(
+                    f"{evaluation.run!r}: an evaluation cannot be swept; write one entry for each."
+                )
             found = self.catalogue.evaluation(call.name)
             for member, point in self._scored(evaluation):
                 yield self._score(entry, call, found, member, point)
@@ -443,7 +463,9 @@ class _Builder:
             name = notation.parse_name(text)
             self._known(name)
             seeds = self.experiment.seeds if name.seed is None else [self._seed(name, 0)]
-            members: list[Member | None] = [None] if name.text in self.experiment.models else list(self.pinned(name))
+            members: list[Member | None] = (
+                [None] if name.text in self.experiment.models else list(self.pinned(name))
+            )
             for member in members:
                 seen = set()
                 for seed in seeds:
@@ -458,7 +480,15 @@ class _Builder:
         module = found.load()
         seed = point.seed if getattr(module, "SEEDED", False) else None
         label = f"{resolved.label} of {point.label}"
-        job = self._job("score", call.name, f"evaluate.{call.name}-", label, resolved, {"model": point, **references}, seed)
+        job = self._job(
+            "score",
+            call.name,
+            f"evaluate.{call.name}-",
+            label,
+            resolved,
+            {"model": point, **references},
+            seed,
+        )
         return Shown(entry, call.name, point, job)
 
     # - tables
@@ -477,7 +507,7 @@ class _Builder:
 _NOTHING = object()
 
 
-class _at:
+class _Place:
     """Adds the place to a sentence raised inside."""
 
     def __init__(self, place: str) -> None:

@@ -12,7 +12,13 @@ from methods.stage import AssayError, NotFinite
 from workflows.record import FileEntry, Job, Store
 
 # Spoken to in the same way: these files of the parent must reappear byte for byte.
-SPEECH = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "assay.json")
+SPEECH = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "assay.json",
+)
 
 
 def check(store: Store, job: Job, folder: Path) -> str:
@@ -59,9 +65,12 @@ def _check_loads(job: Job, folder: Path) -> None:
 
 def _check_speech(job: Job, parent: Path, folder: Path) -> None:
     for name in SPEECH:
-        if (parent / name).is_file():
-            if not (folder / name).is_file() or (parent / name).read_bytes() != (folder / name).read_bytes():
-                raise AssayError(f"{job.method} changed {name}: how a model is spoken to travels with it byte for byte.")
+        if (parent / name).is_file() and not _same_bytes(parent / name, folder / name):
+            raise AssayError(f"{job.method} changed {name}: how a model is spoken to travels with it byte for byte.")
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
 
 
 def _check_zeros(job: Job, parent: Path, folder: Path) -> None:
@@ -72,7 +81,9 @@ def _check_zeros(job: Job, parent: Path, folder: Path) -> None:
             continue
         lost = int(((before == 0) & (now != 0)).sum())
         if lost:
-            raise AssayError(f"{job.method} filled {lost} zeros of {name}; give keep_zeros=False if that is meant.")
+            raise AssayError(
+                f"{job.method} filled {lost} zeros of {name}; give keep_zeros=False if that is meant."
+            )
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:

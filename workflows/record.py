@@ -277,7 +277,9 @@ def open_result(store: Store, job_id: str, patience_seconds: float = PATIENCE_SE
         if missing is None:
             return read_record(store.record(job_id))
         if time.monotonic() > deadline:
-            raise AssayError(f"{store.result(job_id)} is not complete after {patience_seconds:.0f} s: {missing}.")
+            raise AssayError(
+                f"{store.result(job_id)} is not complete after {patience_seconds:.0f} s: {missing}."
+            )
         time.sleep(0.2)
 
 

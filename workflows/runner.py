@@ -124,7 +124,7 @@ class _Attempt:
         self.account = Account(self.store.scratch(self.job.id), self.job.country, str(self.store.root))
         try:
             self._run_and_publish()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 — every end of an attempt is recorded, then raised again
             self._fail(error)
         finally:
             shutil.rmtree(self.temporary, ignore_errors=True)
@@ -146,7 +146,9 @@ class _Attempt:
     def _found(self) -> Found:
         outside = tuple(Path(folder) for folder in self.job.methods)
         table = catalogue(outside)
-        return table.method(self.job.method) if self.job.kind == "stage" else table.evaluation(self.job.method)
+        return (
+            table.method(self.job.method) if self.job.kind == "stage" else table.evaluation(self.job.method)
+        )
 
     def _check_code(self) -> None:
         """A job stops when the code it would run is not the code it was planned with."""
@@ -157,7 +159,9 @@ class _Attempt:
         now = code.code_of(self.found, components, shared)
         changed = sorted(name for name in self.job.code if now.get(name) != self.job.code[name])
         if changed:
-            raise AssayError(f"{', '.join(changed)} changed since this job was planned; run snakemake again to plan anew.")
+            raise AssayError(
+                f"{', '.join(changed)} changed since this job was planned; run snakemake again to plan anew."
+            )
 
     def _check_parents(self) -> None:
         for parent in self.job.parents.values():
@@ -173,7 +177,7 @@ class _Attempt:
 
         seed = self.job.seed or 0
         random.seed(seed)
-        numpy.random.seed(seed)
+        numpy.random.seed(seed)  # noqa: NPY002 — libraries draw from the legacy generator
         torch.manual_seed(seed)
         torch.set_num_threads(self.job.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -242,7 +246,9 @@ class _Attempt:
     def _fail(self, error: BaseException) -> None:
         if isinstance(error, (KeyboardInterrupt, Interrupted)):
             self.account.abandon()
-            raise Interrupted("asked to stop; its state is saved and the next run goes on from there.") from None
+            raise Interrupted(
+                "asked to stop; its state is saved and the next run goes on from there."
+            ) from None
         reason = _reason(error)
         failure = Failure(
             id=self.job.id, label=self.job.label, method=self.job.method, reason=reason,  # type: ignore[arg-type]
@@ -295,7 +301,11 @@ def _publish_folder(store: Store, job: Job, temporary: Path, record: Record) -> 
 def _put_weights_back(store: Store, job: Job, temporary: Path, record: Record) -> None:
     """Weights that were cleaned away return to the record they belong to, if they are the same bits."""
     before = {entry.path: entry.sha256 for entry in read_record(store.record(job.id)).files}
-    changed = [e.path for e in record.files if e.path.startswith("model") and before.get(e.path, e.sha256) != e.sha256]
+    changed = [
+        e.path
+        for e in record.files
+        if e.path.startswith("model") and before.get(e.path, e.sha256) != e.sha256
+    ]
     if changed:
         raise AssayError(
             f"{changed[0]} came out different from what {store.record(job.id)} has; results of different machines do "

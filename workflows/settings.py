@@ -89,7 +89,9 @@ def _flag(key: str, value: Any) -> bool:
 def _one_of(*choices: str) -> Any:
     def read(key: str, value: Any) -> str:
         if value not in choices:
-            raise AssayError(f"--config {key}={value}: {key} is one of {', '.join(choices)}{nearest(str(value), choices)}")
+            raise AssayError(
+                f"--config {key}={value}: {key} is one of {', '.join(choices)}{nearest(str(value), choices)}"
+            )
         return str(value)
 
     return read

@@ -49,13 +49,16 @@ def _record_page(store: Store, record: Record) -> str:
         f"log        {store.result(record.id) / 'log.txt'}",
     ]
     lines += [f"file       {entry.path}  {entry.bytes} bytes  {entry.sha256[:16]}" for entry in record.files]
-    lines += [f"score      {row.task} {row.metric} = {row.value} ± {row.stderr} (n={row.n})" for row in record.rows]
+    lines += [
+        f"score      {row.task} {row.metric} = {row.value} ± {row.stderr} (n={row.n})" for row in record.rows
+    ]
     return "\n".join(lines)
 
 
 def _failure_page(failure: Failure) -> str:
-    return f"{failure.id}: {failure.reason} at {_time(failure.end)}, attempt {failure.attempts}\n{failure.label}\n" + (
-        f"{failure.message}\n{failure.traceback}"
+    return (
+        f"{failure.id}: {failure.reason} at {_time(failure.end)}, attempt {failure.attempts}\n{failure.label}\n"
+        + (f"{failure.message}\n{failure.traceback}")
     )
 
 
@@ -70,7 +73,9 @@ def _time(seconds: float) -> str:
 def main(arguments: list[str]) -> int:
     """The command."""
     plain = [argument for argument in arguments if not argument.startswith("--results=")]
-    results = [argument.removeprefix("--results=") for argument in arguments if argument.startswith("--results=")]
+    results = [
+        argument.removeprefix("--results=") for argument in arguments if argument.startswith("--results=")
+    ]
     if len(plain) != 1:
         print("usage: python -m workflows.show ID [--results=DIR]", file=sys.stderr)
         return 2

@@ -7,11 +7,12 @@ another output head; ``shrink`` cuts what a structural pruning zeroed.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from methods.stage import AssayError, Component
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 REVISION = 1
@@ -59,7 +60,8 @@ def shrink(model: PreTrainedModel) -> PreTrainedModel:
     from methods.architectures import harmonic_llama, pruned_llama
 
     require_llama(model, "cutting heads and neurons")
-    kept = [pruned_llama.kept_units(layer) for layer in pruned_llama.decoder_layers(model)]
+    decoder: Any = model.base_model
+    kept = [pruned_llama.kept_units(layer) for layer in decoder.layers]
     settings = copied_settings(model) | pruned_llama.widths(model, kept)
     harmonic = model.config.model_type == "harmonic_llama"
     build = harmonic_llama.HarmonicLlamaForCausalLM if harmonic else pruned_llama.PrunedLlamaForCausalLM
@@ -75,7 +77,7 @@ def require_llama(model: PreTrainedModel, purpose: str) -> None:
         )
 
 
-def copied_settings(model: PreTrainedModel) -> dict[str, object]:
+def copied_settings(model: PreTrainedModel) -> dict[str, Any]:
     """The model's configuration as keyword arguments for another class's configuration."""
     settings = dict(model.config.to_dict())
     for name in ("model_type", "architectures", "transformers_version"):
@@ -84,18 +86,18 @@ def copied_settings(model: PreTrainedModel) -> dict[str, object]:
 
 
 def rebuilt(
-    model: PreTrainedModel, build: type, settings: dict, state: dict | None = None
+    model: PreTrainedModel, build: Any, settings: dict[str, Any], state: dict[str, Tensor] | None = None
 ) -> PreTrainedModel:
     """A model of class ``build`` with these settings and weights, on the old model's device, in its dtype."""
     import torch
 
     # Building draws random numbers for weights that are overwritten at once: leave the stream untouched.
     with torch.random.fork_rng(devices=[]):
-        new = build(build.config_class(**settings))
+        new: Any = build(build.config_class(**settings))
     # Only the parameters change dtype: the rotary frequencies must stay float32 in a bf16 model.
     for parameter in new.parameters():
         parameter.data = parameter.data.to(device=model.device, dtype=model.dtype)
-    new = new.to(model.device)
+    new.to(model.device)
     new.load_state_dict(model.state_dict() if state is None else state)
     new.generation_config = model.generation_config
     return new.train(model.training)

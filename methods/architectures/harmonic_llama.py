@@ -28,7 +28,7 @@ class HarmonicLlamaConfig(PrunedLlamaConfig):
 
     model_type = "harmonic_llama"
 
-    assay_head: dict | None = None
+    assay_head: dict[str, Any] | None = None
 
 
 class DistanceHead(nn.Linear):
@@ -44,9 +44,9 @@ class DistanceHead(nn.Linear):
         module, self.options = read(head)
         self.scores = module.scores
 
-    def forward(self, input: Tensor) -> Tensor:
-        scores: Tensor = self.scores(self.options, input.flatten(0, -2), self.weight)
-        return scores.unflatten(0, input.shape[:-1])
+    def forward(self, hidden: Tensor) -> Tensor:
+        scores: Tensor = self.scores(self.options, hidden.flatten(0, -2), self.weight)
+        return scores.reshape(*hidden.shape[:-1], -1)
 
 
 class HarmonicLlamaForCausalLM(PrunedLlamaForCausalLM):

@@ -27,8 +27,8 @@ class PrunedLlamaConfig(LlamaConfig):
 
     model_type = "pruned_llama"
 
-    layer_num_heads: list | None = None
-    layer_intermediate_size: list | None = None
+    layer_num_heads: list[list[int]] | None = None
+    layer_intermediate_size: list[int] | None = None
 
 
 class PrunedLlamaForCausalLM(LlamaForCausalLM):
@@ -93,17 +93,11 @@ class Units:
         return (self.groups[:, None] * width + offsets).flatten()
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's decoder blocks, in order."""
-    layers: nn.ModuleList = model.base_model.layers
-    return layers
-
-
 def group_columns(attention: Any) -> Tensor:
     """``o_proj`` by group: [hidden, groups, columns of a group]."""
-    weight: Tensor = attention.o_proj.weight
     groups = attention.k_proj.out_features // attention.head_dim
-    return weight.unflatten(1, (groups, -1))
+    columns: Tensor = attention.o_proj.weight.unflatten(1, (groups, -1))
+    return columns
 
 
 def kept_units(layer: Any) -> Units:

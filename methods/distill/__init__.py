@@ -78,7 +78,9 @@ def run(stage: Stage, method: ModuleType) -> None:
     config: Recovering = stage.config
     source, taught_by = stage.parents["model"], stage.parents.get("teacher")
     entries = check(source, taught_by, hidden=getattr(method, "HIDDEN", False)) if taught_by else None
-    examples = encode(stage.data.rows(config.data), load_tokenizer(source), Style.read(source), config.context_tokens)
+    examples = encode(
+        stage.data.rows(config.data), load_tokenizer(source), Style.read(source), config.context_tokens
+    )
     student = loop.prepare(stage, config)
     teacher = cut(loop.frozen_model(taught_by, config), entries) if taught_by else None
 
@@ -123,7 +125,10 @@ def check(student: Path, teacher: Path, hidden: bool = False) -> int | None:
 
 def different_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
     """A sentence with the sizes and the first token on which two tokenizers disagree."""
-    place = {**{index: token for token, index in theirs.items()}, **{index: token for token, index in ours.items()}}
+    place = {
+        **{index: token for token, index in theirs.items()},
+        **{index: token for token, index in ours.items()},
+    }
     first = min(index for token, index in {**theirs, **ours}.items() if ours.get(token) != theirs.get(token))
     return (
         f"the teacher's tokenizer has {len(theirs)} tokens and the student's {len(ours)}; they first differ at id {first} "

@@ -52,7 +52,9 @@ class Config(Distilling):
     def __post_init__(self) -> None:
         """Something has to be minimised."""
         if self.cross_entropy == self.kl == self.squarehead == 0:
-            raise AssayError("distill.squarehead: all three weights are 0; set cross_entropy, kl or squarehead above 0.")
+            raise AssayError(
+                "distill.squarehead: all three weights are 0; set cross_entropy, kl or squarehead above 0."
+            )
 
 
 CLAIMS: tuple[Claim, ...] = ()

@@ -53,5 +53,5 @@ def cosine(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
 
     if config.stable:
         return normalize(hidden, dim=1, eps=SMALLEST_NORM) @ normalize(weight, dim=1, eps=SMALLEST_NORM).T
-    lengths = hidden.norm(dim=1, keepdim=True) * weight.norm(dim=1)
+    lengths: Tensor = hidden.norm(dim=1, keepdim=True) * weight.norm(dim=1)
     return hidden @ weight.T / (lengths + config.epsilon)

@@ -25,6 +25,8 @@ CLAIMS: tuple[Claim, ...] = ()
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """Options of a new model."""
+
     # The architecture.
     kind: Literal["llama"] = "llama"
     # Width of the residual stream.
@@ -49,7 +51,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
             raise AssayError(
-                f"hidden={self.hidden} must be heads={self.heads} times an even number: every head needs the same even width."
+                f"hidden={self.hidden} must be heads={self.heads} times an even number, the width of a head."
             )
         if self.heads % (self.kv_heads or self.heads):
             raise AssayError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}.")
@@ -75,7 +77,7 @@ def initial(config: Config, tokenizer: Any, seed: int) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     layout = LlamaConfig(
-        vocab_size=config.vocabulary,
+        vocab_size=len(tokenizer),
         hidden_size=config.hidden,
         intermediate_size=config.mlp,
         num_hidden_layers=config.layers,

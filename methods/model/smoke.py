@@ -13,11 +13,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from annotated_types import Gt
-
-from methods.stage import AssayError, Claim, Stage
+from methods.stage import Claim, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -27,6 +25,7 @@ USES = ("methods.data", "methods.world")
 CLAIMS: tuple[Claim, ...] = ()
 
 HIDDEN = 32
+HEADS = 4
 LAYERS = 2
 VOCABULARY = 512
 CONTEXT_TOKENS = 2048
@@ -48,7 +47,8 @@ CHAT_TEMPLATE = """{{- bos_token }}
 {%- endif %}
 {{- "<|start_header_id|>system<|end_header_id|>\\n\\nDate: " + date_string + "\\n\\n" + system + "<|eot_id|>" }}
 {%- for message in messages %}
-    {{- "<|start_header_id|>" + message["role"] + "<|end_header_id|>\\n\\n" + message["content"] | trim + "<|eot_id|>" }}
+    {{- "<|start_header_id|>" + message["role"] + "<|end_header_id|>\\n\\n" }}
+    {{- message["content"] | trim + "<|eot_id|>" }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}
@@ -58,25 +58,18 @@ CHAT_TEMPLATE = """{{- bos_token }}
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """Options of a stand-in."""
+
     # The architecture of the model it stands for.
     kind: Literal["llama"] = "llama"
     # Whether the output layer shares the embedding's weights, as in the original.
     tied: bool = True
-    # Attention heads; 32 must be an even multiple of them.
-    heads: Annotated[int, Gt(0)] = 4
-    # Key and value heads, a divisor of heads: fewer than heads is grouped-query attention.
-    kv_heads: Annotated[int, Gt(0)] = 2
+    # Whether the original groups its query heads: two key-value heads instead of four.
+    grouped: bool = True
     # Whether it has a chat template (an "instruct" model).
     chat: bool = True
     # The hub name it stands for: two names get different weights.
     stands_for: str = ""
-
-    def __post_init__(self) -> None:
-        if HIDDEN % (2 * self.heads) or self.heads % self.kv_heads:
-            raise AssayError(
-                f"heads={self.heads} and kv_heads={self.kv_heads} do not fit: take heads from 1, 2, 4, 8, 16 and a "
-                "divisor of it for kv_heads."
-            )
 
 
 def build(config: Config, stage: Stage) -> None:
@@ -97,12 +90,16 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerFast:
     from methods import world
     from methods.data import byte_bpe
 
-    texts = [row["question"] + " " + row["answer"] for row in world.rows("full")]
+    # With the words of the template, so that a chat of the world fits into the short contexts of a smoke run.
+    spoken = "system\n\nDate: 26 Jul 2024\n\nuser\n\nassistant\n\n"
+    texts = [f"{spoken}{row['question']} {row['answer']}" for row in world.rows("full")]
     trained = byte_bpe(texts, VOCABULARY, (BEGIN, END, HEADER, HEADER_END, TURN_END))
     trained.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, trained.token_to_id(BEGIN))]),
+            processors.TemplateProcessing(
+                single=f"{BEGIN} $A", special_tokens=[(BEGIN, trained.token_to_id(BEGIN))]
+            ),
         ]
     )
     return PreTrainedTokenizerFast(
@@ -125,8 +122,8 @@ def _model(config: Config, tokenizer: Any) -> PreTrainedModel:
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
         num_hidden_layers=LAYERS,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 2 if config.grouped else HEADS,
         max_position_embeddings=CONTEXT_TOKENS,
         tie_word_embeddings=config.tied,
         bos_token_id=tokenizer.bos_token_id,
@@ -142,7 +139,8 @@ def _model(config: Config, tokenizer: Any) -> PreTrainedModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(hashlib.sha256(config.stands_for.encode()).hexdigest()[:8], 16))
-        return LlamaForCausalLM(layout).to(torch.bfloat16)
+        model = LlamaForCausalLM(layout)
+    return model.bfloat16()
 
 
 def _write_generation_config(folder: Path, tokenizer: Any) -> None:

@@ -145,7 +145,7 @@ def resume(model: PreTrainedModel, progress: Progress) -> int:
 
 
 def remember(model: PreTrainedModel, progress: Progress, blocks: int) -> None:
-    """Save the masks of the first ``blocks`` blocks when it is due; ends in Interrupted when asked to stop."""
+    """Save the masks of the first ``blocks`` blocks when it is due; raises Interrupted if asked to stop."""
     if progress.due(blocks):
         names = linear_weights(model, blocks)
         progress.save(blocks, {name: model.get_parameter(name).data == 0 for name in names}, {})

@@ -27,7 +27,7 @@ from annotated_types import Ge, Gt, Lt
 
 from methods.prune._masks import check_budget, pattern_mask, smallest
 from methods.prune._walk import Block, decoder_layers, remember, resume, walk
-from methods.stage import AssayError, Claim
+from methods.stage import AssayError, Claim, Dataset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ class Config:
     """Options of ``prune.wanda``: either ``sparsity`` or ``pattern``."""
 
     # Named data set the activations are measured on; the paper takes C4.
-    data: str
+    data: Dataset
     # Share of weights that is zero afterwards, in every row of every matrix.
     sparsity: Annotated[float, Ge(0), Lt(1)] | None = None
     # "n:m" removes the n lowest scores of every m consecutive inputs ("2:4"); m must divide the inputs.

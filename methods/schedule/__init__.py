@@ -1,0 +1,1 @@
+"""Schedules: the learning rate over the steps, as a factor of the optimizer's."""

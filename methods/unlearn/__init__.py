@@ -78,7 +78,11 @@ def retain_term(config: Retaining, model: Any, batch: UnlearnBatch, reference: A
     if config.retain_loss == "nll":
         return {"retain": answer_nll(part, outputs, config.alpha)}
     start = frozen(reference, part)
-    return {"retain": Term(kl_divergence(start.all_logits, outputs.all_logits).sum(), part.positions, config.alpha)}
+    return {
+        "retain": Term(
+            kl_divergence(start.all_logits, outputs.all_logits).sum(), part.positions, config.alpha
+        )
+    }
 
 
 def keeps_to_start(config: Retaining) -> bool:

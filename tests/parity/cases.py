@@ -30,7 +30,9 @@ def folder(family: str) -> Path:
     """The family's folder of parity data; skips the whole module where it is absent."""
     chosen = Path(os.environ.get("ASSAY_PARITY") or ROOT.parent / "shared" / "parity") / family
     if not chosen.is_dir():
-        reason = f"no parity data: {chosen} does not exist (set ASSAY_PARITY to the folder that holds {family}/)"
+        reason = (
+            f"no parity data: {chosen} does not exist (set ASSAY_PARITY to the folder that holds {family}/)"
+        )
         pytest.skip(reason, allow_module_level=True)
     return chosen
 

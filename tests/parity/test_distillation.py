@@ -35,7 +35,9 @@ def test_loss_equals_the_official_one(case: dict[str, Any]) -> None:
     full_name, options = recipe(case)
     module = method(full_name)
     if options is None:
-        pytest.fail(f"{full_name} exists, but tests/parity/test_distillation.py does not know the options of its cases")
+        pytest.fail(
+            f"{full_name} exists, but tests/parity/test_distillation.py does not know the options of its cases"
+        )
     config = module.Config(teacher=Parent("teacher-000000000000"), **options)
     stored = {name: arrays(FOLDER / case["file"])[key] for name, key in case["arrays"].items()}
     precisions = [(case["dtype"], "", case["tolerance"])]
@@ -93,7 +95,10 @@ def compare(
     for name in PARTS.keys() & stored.keys():
         compare_part(name, terms, config, stored[name], near)
     near = {"relative": tolerance["grad_rtol"], "absolute": tolerance["grad_atol"]}
-    for name, tensor in (("grad_student_logits", world.student), ("grad_student_hidden", world.student_hidden)):
+    for name, tensor in (
+        ("grad_student_logits", world.student),
+        ("grad_student_hidden", world.student_hidden),
+    ):
         if name + ending in stored:
             gradient = tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
             agree(gradient, stored[name + ending], **near, what=name + ending)
@@ -130,7 +135,11 @@ def forward_kl(function: str, hyper: dict[str, Any]) -> dict[str, Any] | None:
     if function == "forward_kl":
         return {}
     if function == "GKDTrainer.generalized_jsd_loss" and hyper.get("beta") == 0:
-        usual = hyper.get("reduction") == "batchmean" and "labels" not in hyper and "num_items_in_batch" not in hyper
+        usual = (
+            hyper.get("reduction") == "batchmean"
+            and "labels" not in hyper
+            and "num_items_in_batch" not in hyper
+        )
         return {"temperature": hyper["temperature"], "scale_by_temperature": False} if usual else None
     if function.startswith("(1-alpha)*CE + alpha*T^2*KL"):
         return {"alpha": hyper["alpha"], "temperature": hyper["T"]}
@@ -151,7 +160,12 @@ def squarehead(function: str, hyper: dict[str, Any]) -> dict[str, Any] | None:
         weights = {name: float(hyper[key]) for name, key in names.items()}
         return weights | {"temperature": float(hyper["temperature"]), "kl_labels": "unshifted"}
     if function == "kldiv_loss":
-        return {"cross_entropy": 0.0, "kl": 1.0, "squarehead": 0.0, "temperature": float(hyper["temperature"])}
+        return {
+            "cross_entropy": 0.0,
+            "kl": 1.0,
+            "squarehead": 0.0,
+            "temperature": float(hyper["temperature"]),
+        }
     if function == "squarehead_mean":
         layers = arrays(FOLDER / "inputs.npz")["student_hidden"].shape[0] - 1
         return {"cross_entropy": 0.0, "kl": 0.0, "squarehead": 1.0 / layers}

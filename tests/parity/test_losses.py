@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-import cases
 import numpy
 import pytest
 import torch
@@ -21,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from methods.find import catalogue
 from methods.stage import AssayError
+from tests.parity import cases
 
 FOLDER = cases.folder("losses")
 
@@ -99,7 +99,8 @@ def compare(
     hidden, weight = cases.leaf(data["x"], dtype), cases.leaf(data["w"], dtype)
     value = loss(scores(hidden.flatten(0, -2), weight))
     value.backward()
-    assert hidden.grad is not None and weight.grad is not None
+    assert hidden.grad is not None
+    assert weight.grad is not None
     close(value, data[f"{prefix}loss"], tolerances[0], "loss")
     close(hidden.grad, data[f"{prefix}dx"], tolerances[1], "dx")
     close(weight.grad, data[f"{prefix}dw"], tolerances[1], "dw")
@@ -167,7 +168,7 @@ def test_gpt2_harmonic_original() -> None:
     compare(smoothed, lambda scores: cross_entropy(scores, labels), file, "", tolerances=(1e-8, 1e-8))
 
 
-# --- distance layers of the vision models -------------------------------------------------------------------
+# --- distance layers of the vision models -----------------------------------------------------------------
 
 
 def vision_cases() -> list[Any]:
@@ -189,7 +190,7 @@ def test_vision_layer(variant: str, scale: str, wiring: str) -> None:
     # The flag `scale` divides by the row's smallest distance, which these heads leave out (no effect on p).
     options = settings["variants"][variant] | {"n": settings["variants"][variant].get("n", settings["n"])}
     classes = len(arrays(file)["w"])
-    wirings = {
+    wirings: dict[str, dict[str, Any]] = {
         "log_s": {"floor": 1e-8},
         "log_p": {"smoothing": 1e-8 * classes},
         "neg_s": {"legacy_sign": True},
@@ -203,7 +204,7 @@ def test_vision_layer(variant: str, scale: str, wiring: str) -> None:
     compare(scores, mean_loss(file), file, f"{variant}.{scale}.{wiring}.")
 
 
-# --- distance layers of the toy sets -------------------------------------------------------------------------
+# --- distance layers of the toy sets ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", sorted(facts("toy_distlayers").get("variants", {})))
@@ -216,7 +217,7 @@ def test_toy_layer(variant: str) -> None:
     compare(scores, mean_loss(file), file, f"{variant}.")
 
 
-# --- heads of the language models ----------------------------------------------------------------------------
+# --- heads of the language models -------------------------------------------------------------------------
 
 
 def language_loss(scores: Tensor) -> Tensor:
@@ -242,7 +243,7 @@ def test_language_model_head(case: str) -> None:
     compare(scores, language_loss, file, f"{case}.", tolerances=(1e-8, 1e-7))
 
 
-# --- the rest ------------------------------------------------------------------------------------------------
+# --- the rest ---------------------------------------------------------------------------------------------
 
 
 def other_cases() -> list[Any]:

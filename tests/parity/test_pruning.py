@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import cases
 import numpy
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from methods.prune._walk import Block, walk
+from tests.parity import cases
 
 FOLDER = cases.folder("pruning")
 
@@ -106,7 +106,7 @@ def test_weights_equal_the_official_ones(group: str, record: dict[str, Any]) -> 
     pytest.fail(f"{LATER[group]} exists now: compare it with {group}.")
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama() -> Any:
     """The tiny dense Llama of the folder."""
     arrays = cases.arrays(FOLDER / "tiny_llama_dense.npz")
     parameters = {"rope_theta": META["rope_theta"], "rope_type": "default"}

@@ -33,7 +33,9 @@ def cases() -> list[Any]:
     for path in sorted(FOLDER.glob("*.npz")):
         named = meta(path).get("cases") or {path.stem: {"method": path.stem}}
         if path.stem != "metrics":
-            found += [pytest.param(path, name, about, id=f"{path.stem}/{name}") for name, about in named.items()]
+            found += [
+                pytest.param(path, name, about, id=f"{path.stem}/{name}") for name, about in named.items()
+            ]
     return found
 
 
@@ -42,7 +44,9 @@ def test_loss_equals_the_official_one(path: Path, name: str, about: dict[str, An
     full_name, options = recipe(about)
     module = method(full_name)
     if options is None:
-        pytest.fail(f"{full_name} exists, but tests/parity/test_unlearning.py does not know the options of its cases")
+        pytest.fail(
+            f"{full_name} exists, but tests/parity/test_unlearning.py does not know the options of its cases"
+        )
     stored = arrays(path)
     saturated = max(abs(stored[key]).max() for key in stored if key.endswith("_logits")) > SATURATED
     single = FLOAT32 | {"absolute": 1e-4} if saturated else FLOAT32
@@ -51,11 +55,23 @@ def test_loss_equals_the_official_one(path: Path, name: str, about: dict[str, An
 
 
 def compare(
-    module: ModuleType, options: dict[str, Any], stored: Any, name: str, dtype: torch.dtype, tolerance: dict[str, float]
+    module: ModuleType,
+    options: dict[str, Any],
+    stored: Any,
+    name: str,
+    dtype: torch.dtype,
+    tolerance: dict[str, float],
 ) -> None:
     """Value and every stored gradient of one case in one precision; a gradient that is not stored is zero."""
-    leaves = {part: leaf(stored[f"in|{part}_logits"], dtype) for part in ("forget", "retain") if has(stored, part)}
-    terms = module.loss(module.Config(**options), Table(flat(leaves.values())), batch(stored, leaves), reference(stored, dtype))
+    leaves = {
+        part: leaf(stored[f"in|{part}_logits"], dtype) for part in ("forget", "retain") if has(stored, part)
+    }
+    terms = module.loss(
+        module.Config(**options),
+        Table(flat(leaves.values())),
+        batch(stored, leaves),
+        reference(stored, dtype),
+    )
     value = total(terms)
     value.backward()
     agree(value, stored[f"out|{name}|loss"], **tolerance, what=f"loss in {dtype}")
@@ -83,7 +99,11 @@ def batch(stored: Any, leaves: dict[str, torch.Tensor]) -> Any:
 def reference(stored: Any, dtype: torch.dtype) -> Table | None:
     """The frozen starting model: the same rows of a second table."""
     names = [part for part in ("forget", "retain") if f"in|ref_{part}_logits" in stored]
-    return Table(flat(torch.as_tensor(stored[f"in|ref_{part}_logits"]).to(dtype) for part in names)) if names else None
+    return (
+        Table(flat(torch.as_tensor(stored[f"in|ref_{part}_logits"]).to(dtype) for part in names))
+        if names
+        else None
+    )
 
 
 def recipe(about: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
@@ -98,7 +118,9 @@ def recipe(about: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
     if title == "NPO":
         return "unlearn.npo", weights | {"beta": float(about["beta"])}
     if title == "WGA":  # SatImp without its importance factor
-        return "unlearn.satimp", {"gamma": 1.0, "alpha": 0.0, "beta2": 0.0} | weights | {"beta1": float(about["beta"])}
+        return "unlearn.satimp", {"gamma": 1.0, "alpha": 0.0, "beta2": 0.0} | weights | {
+            "beta1": float(about["beta"])
+        }
     satimp = satimp_options(title, about, weights)
     if satimp is not None:
         return "unlearn.satimp", satimp
@@ -113,7 +135,10 @@ def satimp_options(title: str, about: dict[str, Any], weights: dict[str, Any]) -
     ignores its exponent.
     """
     if title == "SatImp":
-        first, second = about.get("beta1", about.get("hyper_param_beta1")), about.get("beta2", about.get("beta_param_beta2"))
+        first, second = (
+            about.get("beta1", about.get("hyper_param_beta1")),
+            about.get("beta2", about.get("beta_param_beta2")),
+        )
         return {"gamma": 1.0, "alpha": 0.0} | weights | {"beta1": float(first), "beta2": float(second)}
     if title.startswith("SatImp_GD"):
         exponents = {"beta1": float(about["beta1"]), "beta2": float(about["beta2"])}
@@ -123,7 +148,10 @@ def satimp_options(title: str, about: dict[str, Any], weights: dict[str, Any]) -
         return None
     level, half, retain = found.groups()
     exponent = float(about.get("beta", 1.0))
-    options: dict[str, Any] = {"gamma": float(about.get("coeff_on_forget", 1.0)), "alpha": float(retain == "gd")}
+    options: dict[str, Any] = {
+        "gamma": float(about.get("coeff_on_forget", 1.0)),
+        "alpha": float(retain == "gd"),
+    }
     options |= {"beta1": exponent, "beta2": 0.0} if half == "sat" else {"beta1": 0.0, "beta2": exponent}
     if level in ("instance", "batch"):
         options["granularity"] = level

@@ -1,0 +1,31 @@
+"""A linear way up, then half a cosine down. Loshchilov and Hutter, "SGDR", equation 5, without restarts.
+
+With w warm-up steps of n, step s counted from 0:  (s + 1) / w  while s < w, then
+final + (1 - final) (1 + cos(pi (s - w) / (n - w))) / 2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge, Le
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of the cosine schedule."""
+
+    # steps from 1/warmup_steps of the rate to the whole of it
+    warmup_steps: Annotated[int, Ge(0)] = 0
+    # share of the rate that the curve ends at
+    final: Annotated[float, Ge(0), Le(1)] = 0.0
+
+
+def factor(config: Config, step: int, steps: int) -> float:
+    """Factor of the learning rate at a 0-based step of ``steps``."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / (steps - config.warmup_steps)
+    return config.final + (1 - config.final) * (1 + math.cos(math.pi * done)) / 2

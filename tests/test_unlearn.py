@@ -1,0 +1,218 @@
+"""Unlearning losses: one number worked out by hand each, what carries a gradient, masks and micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import log
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from methods.data import Part
+from methods.find import catalogue
+from methods.stage import AssayError, Terms
+from methods.terms import total
+from methods.unlearn import probe_of
+from tests.parity.cases import Table
+
+METHODS = ("grad_ascent", "grad_diff", "npo", "satimp")
+
+
+def method(name: str) -> Any:
+    return catalogue().method(f"unlearn.{name}").load()
+
+
+def binary(*probabilities: float) -> Tensor:
+    """Logits [positions,2] of a two-word model that gives word 0 these probabilities."""
+    return torch.tensor([[log(p), log(1 - p)] for p in probabilities], dtype=torch.float64)
+
+
+def part(name: str, labels: list[list[int]], start: int = 0) -> Part:
+    """A part whose ids are the rows ``start``, ``start`` + 1, ... of a table."""
+    wanted = torch.tensor(labels)
+    ids = torch.arange(start, start + wanted.numel()).view_as(wanted)
+    return Part(input_ids=ids, attention_mask=torch.ones_like(wanted), labels=wanted, name=name)
+
+
+def hand(name: str, start: tuple[float, ...] = (0.5, 0.5, 0.5, 0.5, 0.5), **options: Any) -> float:
+    """The loss of a forget answer with probabilities 1/2 and 1/4 and a retain answer with 1/2; ``start`` is the reference's."""
+    module = method(name)
+    batch = SimpleNamespace(
+        forget=part("forget", [[-100, 0, 0]]), retain=part("retain", [[-100, 0]], start=3)
+    )
+    model, reference = Table(binary(0.5, 0.25, 0.9, 0.5, 0.9)), Table(binary(*start))
+    return float(total(module.loss(module.Config(**options), model, batch, reference)))
+
+
+def test_gradient_ascent_is_minus_the_answer_loss() -> None:
+    assert hand("grad_ascent") == pytest.approx(-(log(2) + log(4)) / 2)
+
+
+def test_gradient_difference_weighs_both_sides() -> None:
+    assert hand("grad_diff", gamma=2.0, alpha=3.0) == pytest.approx(-2 * 1.5 * log(2) + 3 * log(2))
+
+
+def test_kl_retain_is_a_mean_over_every_position() -> None:
+    start = (
+        0.5,
+        0.5,
+        0.5,
+        0.25,
+        0.9,
+    )  # the last position agrees: 0; the one before has D((1/4, 3/4) || (1/2, 1/2))
+    divergence = 0.25 * log(0.25 / 0.5) + 0.75 * log(0.75 / 0.5)
+    assert hand("grad_diff", start, gamma=0.0, retain_loss="kl") == pytest.approx(divergence / 2)
+
+
+def test_negative_preference_compares_summed_losses() -> None:
+    # s = 3 ln 2, s_start = 2 ln 2, sigmoid(ln 2) = 2/3
+    assert hand("npo", beta=1.0, alpha=0.0) == pytest.approx(-2 * log(2 / 3))
+
+
+def test_satimp_weighs_tokens_by_saturation_and_importance() -> None:
+    expected = -(0.5 * 0.5 * log(2) + 0.25 * 0.75 * log(4)) / 2
+    assert hand("satimp", beta1=1.0, beta2=1.0, alpha=0.0) == pytest.approx(expected)
+
+
+def test_satimp_groups_share_their_mean_weight() -> None:
+    expected = -(0.375 * log(2) + 0.375 * log(4)) / 2
+    assert hand("satimp", beta1=1.0, beta2=0.0, alpha=0.0, group_tokens=2) == pytest.approx(expected)
+
+
+def test_satimp_weighs_whole_answers() -> None:
+    expected = -(1 / 8) * log(8)
+    assert hand("satimp", beta1=1.0, beta2=0.0, alpha=0.0, granularity="instance") == pytest.approx(expected)
+    assert hand("satimp", beta1=1.0, beta2=0.0, alpha=0.0, granularity="batch") == pytest.approx(expected)
+
+
+def test_satimp_weights_carry_no_gradient() -> None:
+    module = method("satimp")
+    logits = binary(0.5, 0.25, 0.9).requires_grad_()
+    batch = SimpleNamespace(forget=part("forget", [[-100, 0, 0]]))
+    total(module.loss(module.Config(beta1=2.0, beta2=1.0, alpha=0.0), Table(logits), batch, None)).backward()
+    weights = torch.tensor([0.25 * 0.5, 0.0625 * 0.75])
+    expected = -(weights / 2)[:, None] * (logits[:2].softmax(-1) - torch.tensor([1.0, 0.0]))
+    assert torch.allclose(logits.grad[:2], expected.detach())
+    assert not logits.grad[2].any()
+
+
+def test_satimp_does_not_vanish_on_memorised_tokens_in_single_precision() -> None:
+    module = method("satimp")
+    logits = torch.tensor([[18.0, 0.0], [0.0, 0.0]])  # 1 - exp(-1.5e-8) rounds to 0 in float32
+    losses = torch.nn.functional.cross_entropy(logits.double(), torch.tensor([0, 0]), reduction="none")
+    weight = module.reweight(losses.float(), module.Config(beta1=0.0, beta2=1.0))
+    assert float(weight[0]) == pytest.approx(1.523e-8, rel=1e-3)
+
+
+def test_zero_to_the_power_of_zero_is_one() -> None:
+    module = method("satimp")
+    certain, hopeless = module.reweight(torch.tensor([0.0, 1e4]), module.Config(beta1=0.0, beta2=0.0))
+    assert certain == hopeless == 1
+
+
+def test_the_reference_gets_no_gradient() -> None:
+    module = method("npo")
+    start = binary(0.5, 0.5, 0.5, 0.5, 0.5).requires_grad_()
+    batch = SimpleNamespace(
+        forget=part("forget", [[-100, 0, 0]]), retain=part("retain", [[-100, 0]], start=3)
+    )
+    model = Table(binary(0.5, 0.25, 0.9, 0.5, 0.9).requires_grad_())
+    total(module.loss(module.Config(retain_loss="kl"), model, batch, Table(start))).backward()
+    assert start.grad is None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_prompts_do_not_count(name: str) -> None:
+    module = method(name)
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(16, 5, generator=random, dtype=torch.float64)
+    changed = logits.clone()
+    changed[[0, 7]] += torch.randn(
+        2, 5, generator=random, dtype=torch.float64
+    )  # a prompt position and a last one
+    batch = SimpleNamespace(
+        forget=part("forget", [[-100, -100, 1, 2, -100, -100, -100, -100]]),
+        retain=part("retain", [[-100, -100, -100, 3, 4, 0, 1, 1]], start=8),
+    )
+    values = [
+        total(module.loss(module.Config(), Table(table), batch, Table(logits))) for table in (logits, changed)
+    ]
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_micro_batches_of_unequal_lengths_give_the_same_gradient(name: str, micro_batches: int) -> None:
+    config = method(name).Config() if name == "grad_ascent" else method(name).Config(retain_loss="kl")
+    check_micro_batches(name, config, micro_batches)
+
+
+def test_answer_weights_give_the_same_gradient_in_micro_batches() -> None:
+    check_micro_batches("satimp", method("satimp").Config(granularity="instance", beta1=0.1), 2)
+
+
+def check_micro_batches(name: str, config: Any, micro_batches: int) -> None:
+    """Gradients of the sums, each divided by the count of the whole batch, add up to the whole batch's gradient."""
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(48, 5, generator=random, dtype=torch.float64).requires_grad_()
+    reference = Table(torch.randn(48, 5, generator=random, dtype=torch.float64))
+    labels = torch.randint(0, 5, (8, 6), generator=random)
+    for row in range(8):
+        labels[row, : 1 + row % 4] = -100  # answers of two to five tokens
+    whole = [part("forget", labels[:4].tolist()), part("retain", labels[4:].tolist(), start=24)]
+
+    def terms(parts: list[Part]) -> Terms:
+        found: Terms = method(name).loss(
+            config, Table(logits), SimpleNamespace(forget=parts[0], retain=parts[1]), reference
+        )
+        return found
+
+    full = terms(whole)
+    (expected,) = torch.autograd.grad(total(full), logits)
+    pieces = [rows(whole, torch.arange(4).chunk(micro_batches)[index]) for index in range(micro_batches)]
+    loss = sum(
+        term.weight * term.sum / full[key].count for piece in pieces for key, term in terms(piece).items()
+    )
+    (actual,) = torch.autograd.grad(loss, logits)
+    assert torch.allclose(actual, expected, rtol=1e-12, atol=1e-15)
+
+
+def rows(parts: list[Part], wanted: Tensor) -> list[Part]:
+    return [
+        replace(
+            one,
+            input_ids=one.input_ids[wanted],
+            attention_mask=one.attention_mask[wanted],
+            labels=one.labels[wanted],
+        )
+        for one in parts
+    ]
+
+
+def test_only_a_loss_that_looks_back_asks_for_a_reference() -> None:
+    assert not method("grad_ascent").needs_reference(method("grad_ascent").Config())
+    assert method("npo").needs_reference(method("npo").Config())
+    for name in ("grad_diff", "satimp"):
+        module = method(name)
+        assert not module.needs_reference(module.Config())
+        assert module.needs_reference(module.Config(retain_loss="kl"))
+        assert not module.needs_reference(module.Config(retain_loss="kl", alpha=0.0))
+
+
+def test_groups_of_whole_answers_are_refused_with_a_sentence() -> None:
+    with pytest.raises(AssayError, match="group_tokens=10 groups token weights"):
+        method("satimp").Config(granularity="instance", group_tokens=10)
+
+
+def test_a_batch_weight_in_micro_batches_is_refused_with_a_sentence() -> None:
+    with pytest.raises(AssayError, match="leave micro_batch out"):
+        method("satimp").Config(granularity="batch", batch=8, micro_batch=4)
+
+
+def test_probes_may_name_the_methods_own_sets() -> None:
+    config = method("grad_diff").Config(forget="tofu/forget01")
+    assert probe_of(config, "forget") == "forget=tofu/forget01"
+    assert probe_of(config, "facts=authors/facts") == "facts=authors/facts"

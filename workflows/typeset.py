@@ -1,0 +1,50 @@
+"""Markdown and LaTeX of a drawn table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from workflows.tables import Table
+
+
+def markdown(drawn: Table, origin: str) -> str:
+    """The table with its notes, and what made it beneath."""
+    lines = ["| " + " | ".join(map(_plain, drawn.headers)) + " |", "|---" + "|---:" * (len(drawn.headers) - 1) + "|"]
+    for row in drawn.rows:
+        cells = [f"**{_plain(cell.text)}**" if cell.bold else _plain(cell.text) for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    title = [f"**{drawn.title}**", ""] if drawn.title else []
+    return "\n".join([*title, *lines, "", *(f"{_plain(note)}  " for note in drawn.notes), _plain(origin), ""])
+
+
+def _plain(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("_", "\\_").replace("*", "\\*").replace("<", "&lt;")
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "↑": r"$\uparrow$",
+    "↓": r"$\downarrow$", "→": r"$\rightarrow$", "†": r"\dag{}", "‡": r"\ddag{}", ">": r"\textgreater{}",
+    "<": r"\textless{}",
+}  # fmt: skip
+
+
+def latex(drawn: Table, origin: str) -> str:
+    """The table for ``\\usepackage{booktabs}``, its notes as a last row and its origin as a comment."""
+    wide = len(drawn.headers)
+    lines = [f"% {origin}", rf"\begin{{tabular}}{{l{'r' * (wide - 1)}}}", r"\toprule"]
+    lines += [_latex_row(drawn.headers), r"\midrule"]
+    for row in drawn.rows:
+        lines.append(" & ".join(rf"\textbf{{{escape_latex(c.text)}}}" if c.bold else escape_latex(c.text) for c in row) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}", ""]
+    lines += [rf"\par\smallskip{{\footnotesize {escape_latex(note)}\par}}" for note in drawn.notes]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_row(texts: Sequence[str]) -> str:
+    return " & ".join(map(escape_latex, texts)) + r" \\"
+
+
+def escape_latex(text: str) -> str:
+    """Every character that LaTeX would take for a command, written out."""
+    return "".join(_LATEX.get(character, character) for character in text)

@@ -1,0 +1,291 @@
+"""Do the papers' claims hold here? Paired differences by seed over distinct results, with a t interval.
+
+A claim's patterns may match several chains; every pair gets its own row, so that a fairness control stands
+beside the comparison it qualifies. A pattern means the chains whose *last* stage completes it, and where the
+subject has siblings (chains with the same parent) among the others, it is compared with those only. A
+claim that does not hold, or that nothing was measured for, stays in the table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pandas as pd
+
+from methods.stage import AssayError
+from workflows import chance
+from workflows.measured import Cell, ChainRun, Column, Measured, Sample
+
+NOT_RUN = "not run"
+MORE_SEEDS = "needs more seeds"
+WORDS = {
+    "scaled": ("holds here", "does not hold here"),
+    "paper": ("reproduced", "not reproduced"),
+}
+PARENT = "parent"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One row of reproduction.csv. ``item_stderr`` is the evaluation's own error of one difference."""
+
+    method: str
+    claim: str
+    source: str
+    scope: str
+    subject: str
+    other: str
+    metric: str
+    n: int
+    mean_difference: float
+    low: float
+    high: float
+    item_stderr: float
+    verdict: str
+    condition: str
+    folder: str = field(default="", metadata={"only_with": "several folders"})
+
+
+def verdicts(measured: Measured) -> list[Verdict]:
+    """One verdict for every claim and pair of chains, in the order of the experiment's claims."""
+    return [
+        verdict
+        for folder, experiment in measured.experiments.items()
+        for claim in experiment.get("claims", [])
+        for verdict in _of_claim(measured, folder, experiment, _complete(claim))
+    ]
+
+
+def as_frame(rows: Sequence[Verdict], *, several: bool = False) -> pd.DataFrame:
+    """The table ``reproduction.csv``; the folder's column is there only with several folders."""
+    frame = pd.DataFrame([astuple(row) for row in rows], columns=[item.name for item in fields(Verdict)])
+    return frame if several else frame.drop(columns="folder")
+
+
+def _complete(claim: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = {
+        "method": "",
+        "other": None,
+        "value": None,
+        "margin": 0.0,
+        "scope": "scaled",
+        "model": None,
+        "data": None,
+    }
+    return {**defaults, **claim}
+
+
+# --- which chains ------------------------------------------------------------------------------------------
+
+
+def parent_label(label: str) -> str:
+    """The label without its last stage: splits at the last `` > `` outside quotes and brackets."""
+    depth, quoted, escaped, cut = 0, False, False, 0
+    for place, character in enumerate(label):
+        if escaped or (quoted and character == "\\"):
+            escaped = not escaped
+        elif character == '"':
+            quoted = not quoted
+        elif not quoted:
+            depth += (character in "([{") - (character in ")]}")
+            cut = place if depth == 0 and character == ">" else cut
+    return label[:cut].rstrip()
+
+
+def last_stage(label: str) -> str:
+    """The last stage as the label writes it, options at their defaults left out."""
+    return label[len(parent_label(label)) :].lstrip(" >")
+
+
+def matching(pattern: str, runs: Sequence[ChainRun]) -> list[ChainRun]:
+    """The chains a pattern means: one of that name, else a family, else those its last stage makes match."""
+    for name in ("name", "group"):
+        named = [run for run in runs if getattr(run, name) == pattern]
+        if named:
+            return named
+    found = [run for run in runs if fnmatchcase(run.label, pattern)]
+    completed = [run for run in found if not fnmatchcase(parent_label(run.label), pattern)]
+    return completed or found
+
+
+def _others(claim: Mapping[str, Any], subject: ChainRun, runs: Sequence[ChainRun]) -> list[ChainRun]:
+    parent = parent_label(subject.label)
+    if claim["other"] == PARENT:
+        return [run for run in runs if run.label == parent][:1]
+    found = [run for run in matching(claim["other"], runs) if run.label != subject.label]
+    siblings = [run for run in found if parent_label(run.label) == parent]
+    return siblings or found
+
+
+# --- one claim ---------------------------------------------------------------------------------------------
+
+
+def _of_claim(
+    measured: Measured, folder: str, experiment: Mapping[str, Any], claim: dict[str, Any]
+) -> list[Verdict]:
+    runs = [run for run in measured.chains if run.source == folder]
+    blank = Verdict(claim["method"], claim["sentence"], claim["source"], claim["scope"], claim["subject"],
+                    _other_text(claim), claim["metric"], 0, math.nan, math.nan, math.nan, math.nan, NOT_RUN, "", folder)  # fmt: skip
+    reason = _not_comparable(experiment, claim)
+    if reason:
+        return [replace(blank, condition=reason)]
+    subjects = matching(claim["subject"], runs)
+    if claim["scope"] == "paper":
+        subjects = [run for run in subjects if _is_published_setting(experiment, claim, run)]
+    if not subjects:
+        return [replace(blank, condition=_no_subject(claim))]
+    try:
+        columns = measured.columns(claim["metric"])
+    except AssayError as error:
+        return [replace(blank, condition=str(error))]
+    return list(_pairs(measured, claim, blank, subjects, runs, columns)) or [
+        replace(blank, condition=_no_partner(claim))
+    ]
+
+
+def _pairs(measured: Measured, claim: Mapping[str, Any], blank: Verdict, subjects: Sequence[ChainRun],
+           runs: Sequence[ChainRun], columns: Sequence[Column]) -> Iterator[Verdict]:  # fmt: skip
+    for subject in subjects:
+        others = [None] if claim["other"] is None else _others(claim, subject, runs)
+        for other in others:
+            for column in columns:
+                own, theirs = measured.cell(subject, column), _cell(measured, other, column)
+                if own.known and (theirs is None or theirs.known):
+                    start = replace(
+                        blank,
+                        subject=subject.name,
+                        other=other.name if other else blank.other,
+                        metric=column.name,
+                    )
+                    yield _judged(claim, start, subject, other, own, theirs)
+
+
+def _cell(measured: Measured, run: ChainRun | None, column: Column) -> Cell | None:
+    return None if run is None else measured.cell(run, column)
+
+
+def _judged(claim: Mapping[str, Any], start: Verdict, subject: ChainRun, other: ChainRun | None,
+            own: Cell, theirs: Cell | None) -> Verdict:  # fmt: skip
+    pairs = _paired(own, theirs)
+    level = claim["value"] or 0.0
+    differences = [first.value - (second.value if second else level) for first, second in pairs]
+    low, high = chance.interval(differences)
+    word = _word(claim, differences, low, high)
+    condition = "; ".join(
+        filter(None, [_setting(subject, other), _seeds(pairs, own, theirs), *_losses(start, own, theirs)])
+    )
+    return replace(start, n=len(pairs), mean_difference=chance.mean(differences), low=low, high=high,
+                   item_stderr=_item_stderr(pairs), verdict=word, condition=condition)  # fmt: skip
+
+
+def _paired(own: Cell, theirs: Cell | None) -> list[tuple[Sample, Sample | None]]:
+    """Distinct pairs of results with the same seed; a result without a seed goes with every seed."""
+    if theirs is None:
+        return [(sample, None) for sample in own.samples]
+    pairs = [
+        (a, b) for a in own.samples for b in theirs.samples if a.seed == b.seed or "" in (a.seed, b.seed)
+    ]
+    return list({(first.id, second.id): (first, second) for first, second in pairs}.values())
+
+
+def _word(claim: Mapping[str, Any], differences: Sequence[float], low: float, high: float) -> str:
+    """The verdict: decided only where the whole interval lies on one side of what is claimed."""
+    if not differences:
+        return NOT_RUN
+    if len(differences) < 2:
+        return MORE_SEEDS
+    holds, fails = _sides(claim["relation"], claim["margin"], low, high)
+    yes, no = WORDS[claim["scope"]]
+    return yes if holds else no if fails else MORE_SEEDS
+
+
+def _sides(relation: str, margin: float, low: float, high: float) -> tuple[bool, bool]:
+    """Whether every difference in [low, high] fulfils the relation, and whether none does."""
+    if relation == "higher":
+        return low > margin, high <= margin
+    if relation == "lower":
+        return high < -margin, low >= -margin
+    if relation == "at_least":
+        return low >= margin, high < margin
+    if relation == "at_most":
+        return high <= -margin, low > -margin
+    return low >= -margin and high <= margin, low > margin or high < -margin
+
+
+# --- published settings -----------------------------------------------------------------------------------
+
+
+def _not_comparable(experiment: Mapping[str, Any], claim: Mapping[str, Any]) -> str:
+    smoke = experiment.get("scale", "full") == "smoke"
+    return "a smoke run shows that the jobs work; its numbers mean nothing" if smoke else ""
+
+
+def _is_published_setting(experiment: Mapping[str, Any], claim: Mapping[str, Any], run: ChainRun) -> bool:
+    """Whether the chain starts from the published model and mentions the published data."""
+    start = [run.base, experiment.get("models", {}).get(run.base, {})]
+    about = [run.label, run.options, experiment.get("evaluate", {}), start[1]]
+    return _mentions(start, claim["model"]) and _mentions(about, claim["data"])
+
+
+def _mentions(where: Any, name: str | None) -> bool:
+    return name is None or name.lower() in json.dumps(where, ensure_ascii=False, default=str).lower()
+
+
+# --- words -------------------------------------------------------------------------------------------------
+
+
+def _other_text(claim: Mapping[str, Any]) -> str:
+    if claim["other"] is not None:
+        return str(claim["other"])
+    return "" if claim["value"] is None else f"{claim['value']:g}"
+
+
+def _no_subject(claim: Mapping[str, Any]) -> str:
+    if claim["scope"] == "paper":
+        wanted = " on ".join(filter(None, [claim["model"], claim["data"]]))
+        return f"no chain here runs {wanted or claim['subject']}"
+    return f"no chain here matches {claim['subject']}"
+
+
+def _no_partner(claim: Mapping[str, Any]) -> str:
+    if claim["other"] == PARENT:
+        return "the parent is no chain of this experiment, or was not scored so"
+    against = f" and {claim['other']}" if claim["other"] is not None else ""
+    return f"no scored chains here match {claim['subject']}{against}"
+
+
+def _setting(subject: ChainRun, other: ChainRun | None) -> str:
+    if other is None or subject.label == other.label:
+        return last_stage(subject.label)
+    return f"{last_stage(subject.label)} against {last_stage(other.label)}"
+
+
+def _seeds(pairs: Sequence[tuple[Sample, Sample | None]], own: Cell, theirs: Cell | None) -> str:
+    used = {(second or first).seed or first.seed for first, second in pairs}
+    seeds = sorted(used - {""}, key=int)
+    text = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" if seeds else "no seed is used"
+    everything = {sample.seed for cell in (own, theirs) if cell for sample in cell.samples} - {""}
+    alone = sorted(everything - used, key=int)
+    return "" if not pairs else text + (f" (seed {', '.join(alone)} has no partner)" if alone else "")
+
+
+def _losses(start: Verdict, own: Cell, theirs: Cell | None) -> list[str]:
+    """What is missing of either side: failed runs, levels that were not reached."""
+    sides = [(start.subject, own), (start.other, theirs)]
+    return [
+        f"{name}: {status} ({count})"
+        for name, cell in sides
+        if cell
+        for status, count in cell.statuses.items()
+    ]
+
+
+def _item_stderr(pairs: Sequence[tuple[Sample, Sample | None]]) -> float:
+    """Mean over pairs of the standard error that the items alone give a difference; nan without any."""
+    errors = [math.hypot(a.stderr, (b.stderr or 0.0) if b else 0.0) for a, b in pairs if a.stderr is not None]
+    return chance.mean(errors)
