@@ -326,7 +326,9 @@ def encode_pairs(
     # A chat template writes the begin token itself; any other prompt starts as the tokenizer starts a text.
     start = [] if style.prompt == "chat" else _start_ids(tokenizer)
     prompt_ids = _ids(tokenizer, prompts)
-    answer_ids = _ids(tokenizer, [_without_double_blank(tokenizer, text) for text in answers])
+    if _writes_blank(tokenizer):
+        answers = [text.removeprefix(" ") for text in answers]
+    answer_ids = _ids(tokenizer, answers)
     end = style.answer_end(tokenizer)
     return [
         _pair([*start, *prompt], [*reply, *end], context_tokens, number, prompts[number])
@@ -398,10 +400,10 @@ def _start_ids(tokenizer: Any) -> list[int]:
     return []
 
 
-def _without_double_blank(tokenizer: Any, text: str) -> str:
-    """Tokenizers in the manner of sentencepiece put a blank before every text: then ours would be a second one."""
+def _writes_blank(tokenizer: Any) -> bool:
+    """Whether it puts a blank before every text, as sentencepiece does: then ours would be a second one."""
     first = tokenizer.convert_ids_to_tokens(_ids(tokenizer, ["a"])[0][:1])[0]
-    return text.removeprefix(" ") if str(first).startswith("▁") else text
+    return str(first).startswith("▁")
 
 
 # --- new tokenizers ---------------------------------------------------------------------------------------

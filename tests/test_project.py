@@ -25,8 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 OWN_PACKAGES = {"assay", "methods", "workflows", "evaluations", "tests"}
 # Folders of somebody's machine, and addresses of package indexes. Written so that this file does not match itself.
 MACHINE_PATH = re.compile(r"(?<![\w.$~<>{}-])/(?:root|home|work|Users|mnt|srv)/[\w.-]")
-REGISTRY = re.compile(r"https?://[^\s\"')]*(?:pypi|pythonhosted|download\.pytorch|artifactory|nexus|/simple\b)")
-CITATION = re.compile(r"et al\.|arXiv|\b(?:19|20)\d\d\b|\"[A-Z][\w:,-]*(?:\s+[\w:,()-]+){2,}\"")
+REGISTRY = re.compile(
+    r"https?://[^\s\"')]*(?:pypi|pythonhosted|download\.pytorch|artifactory|nexus|/simple\b)"
+)
+CITATION = re.compile(r"et al\.|arXiv|\b(?:19|20)\d\d\b|\"[A-Z][^\"\n]{3,}\"")
 # Quantities the harness defines itself, and stages that make a model from nothing: no paper to cite.
 WITHOUT_A_PAPER = {"perplexity", "retain_kl", "size", "speed", "model.new", "model.smoke"}
 EVERYTHING = [
@@ -43,8 +45,12 @@ def tracked() -> list[Path]:
     )  # fmt: skip
     if listed.returncode == 0:
         return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
-    hidden = re.compile(r"/(?:\.venv|\.git|\.snakemake|__pycache__|\.\w+_cache|[\w.]+\.egg-info)/|/results/(?!published)")
-    return [path for path in ROOT.rglob("*") if path.is_file() and not hidden.search(f"/{path.relative_to(ROOT)}")]
+    hidden = re.compile(
+        r"/(?:\.venv|\.git|\.snakemake|__pycache__|\.\w+_cache|[\w.]+\.egg-info)/|/results/(?!published)"
+    )
+    return [
+        path for path in ROOT.rglob("*") if path.is_file() and not hidden.search(f"/{path.relative_to(ROOT)}")
+    ]
 
 
 def texts() -> Iterator[tuple[str, str]]:
@@ -89,7 +95,6 @@ def test_the_lock_installs_every_package_that_is_imported() -> None:
         for name, path in wanted.items()
         if not any(normal(found) in pins for found in distributions.get(name, [name]))
     }
-    # task files are run by lm-eval with their own folder on the path
     assert not missing, f"imported, but not in envs/requirements.lock: {', '.join(sorted(missing))}"
 
 
@@ -133,7 +138,9 @@ def test_a_docstring_names_its_source(found: Found) -> None:
     documentation = ast.get_docstring(ast.parse(found.path.read_text(encoding="utf-8")))
     assert documentation, f"{found.name} has no docstring"
     if found.name not in WITHOUT_A_PAPER:
-        assert CITATION.search(documentation), f"{found.name}: the docstring cites nothing (authors, title or year)"
+        assert CITATION.search(documentation), (
+            f"{found.name}: the docstring cites nothing (authors, title or year)"
+        )
 
 
 def tree_of(document: str) -> list[str]:
@@ -221,7 +228,9 @@ def test_the_examples_in_contributing_are_found_where_they_lie(outside: Catalogu
     ):
         config = found.load().Config
         assert config.__dataclass_params__.frozen
-        assert {option.name for option in fields_of(config)} == {field.name for field in dataclasses.fields(config)}
+        assert {option.name for option in fields_of(config)} == {
+            field.name for field in dataclasses.fields(config)
+        }
 
 
 def test_the_example_method_gives_the_number_worked_out_by_hand(outside: Catalogue) -> None:
@@ -237,7 +246,10 @@ def test_the_example_method_gives_the_number_worked_out_by_hand(outside: Catalog
     method = outside.method("unlearn.capped_ascent").load()
     config = method.Config(cap=math.log(4), alpha=0.0)
     terms = method.loss(
-        config, lambda **_: SimpleNamespace(logits=probabilities.log()), SimpleNamespace(forget=part, retain=part), None
+        config,
+        lambda **_: SimpleNamespace(logits=probabilities.log()),
+        SimpleNamespace(forget=part, retain=part),
+        None,
     )
     value = sum(float(term.sum) * term.weight / term.count for term in terms.values())
     assert value == pytest.approx(-1.5 * math.log(2), abs=1e-6)

@@ -225,6 +225,7 @@ def test_an_interrupted_wanda_goes_on_where_it_stopped(
     family.run(resumed, wanda)
     found = masks(load_model(resumed.folder / "model", dtype="float32"))
     assert pruned_blocks == [1]
+    assert resumed.notes["resumed_from_step"] == 1
     assert all(torch.equal(found[name], undisturbed[name]) for name in undisturbed)
 
 

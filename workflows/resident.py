@@ -449,6 +449,7 @@ def _serve(descriptor: int, settings: dict[str, Any]) -> None:
         Server(listening, main, settings["threads"]).serve()
     finally:
         shutil.rmtree(Path(settings["path"]).parent, ignore_errors=True)
+    os._exit(0)  # taking a gigabyte of modules apart would keep the invocation waiting for half a second
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Distillation: train a student on a teacher's outputs, usually to mend what compression broke.
 
 A method file holds ``loss(config, student, teacher, batch)`` and returns named terms; ``batch.train`` is a
-``methods.data.Part``. The teacher is live: a second model in evaluation mode that gets no gradient, is never part of the student's
-module tree and is never saved. A method without a ``teacher`` option gets None.
+``methods.data.Part``. The teacher is live: a second model in evaluation mode that gets no gradient, is never part of
+the student's module tree and is never saved. A method without a ``teacher`` option gets None.
 
 Before any weight is loaded, student and teacher are compared: the same tokens under the same ids, and, where the
 method says ``HIDDEN = True``, the same number of layers and the same width. Two models with one tokenizer may still
@@ -43,7 +43,7 @@ class Recovering(Training):
     """The recipe shared by this family, of Sparse Finetuning's one-shot-pruned student where nothing else is said."""
 
     # rows to train on
-    data: Dataset = "authors/full"
+    data: Dataset = "authors/full+authors/facts"
     # passes over the rows (2 at 40-60 % sparsity, 4 beyond)
     epochs: Annotated[float, Gt(0)] | None = 2.0
     # no weight decay; 3e-5 at 40-50 % sparsity, 1e-4 at 60 % and beyond
@@ -131,8 +131,8 @@ def different_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
     }
     first = min(index for token, index in {**theirs, **ours}.items() if ours.get(token) != theirs.get(token))
     return (
-        f"the teacher's tokenizer has {len(theirs)} tokens and the student's {len(ours)}; they first differ at id {first} "
-        f"({place[first]!r}). A loss on logits needs one vocabulary: take a teacher of the same model family."
+        f"the teacher's tokenizer has {len(theirs)} tokens and the student's {len(ours)}; "
+        f"they first differ at id {first} ({place[first]!r}). A loss on logits needs one vocabulary: take a teacher of the same model family."
     )
 
 

@@ -6,7 +6,8 @@ Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network".
     p_T = softmax(z_teacher / T),  q_T = softmax(z_student / T),  M = answer tokens of the batch
 
 ``T**2`` keeps the gradient's size when T changes; trl's GKD trainer and jongwooko/distillm leave it out
-(``scale_by_temperature=False``), and the latter returns the cross-entropy -sum p log q: another value, the same gradient.
+(``scale_by_temperature=False``), and the latter returns the cross-entropy -sum p log q: another value with the same
+gradient.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Kurtic et al., "Sparse Finetuning for Inference Acceleration of Large Language Models".
 
-    L = cross_entropy * CE  +  kl * T**2 * KL  +  squarehead * sum_l MSE(h_l, h_l^teacher) / (MSE(h_l^teacher, 0) + 2**-7)
+    L = cross_entropy * CE  +  kl * T**2 * KL  +  squarehead * sum_l mean((h_l - t_l)**2) / (mean(t_l**2) + 2**-7)
 
-The hidden-state sum runs over layers 1..L (not the embedding's output); each mean runs over every position that
+h are the student's hidden states and t the teacher's. The sum runs over layers 1..L (not the embedding's output); each mean runs over every position that
 is not padding, *prompt included*, and over the width. ``2**-7`` is bfloat16's machine epsilon, as in the code. CE
 and KL see answer tokens only. Each layer is a term of its own, a sum of squared distances divided by the teacher's
 sum of squares over the global batch: so micro-batches change nothing, and ``curve.csv`` shows which layers differ.
@@ -53,7 +53,7 @@ class Config(Distilling):
         """Something has to be minimised."""
         if self.cross_entropy == self.kl == self.squarehead == 0:
             raise AssayError(
-                "distill.squarehead: all three weights are 0; set cross_entropy, kl or squarehead above 0."
+                "distill.squarehead: all three weights are 0; set one of them above 0."
             )
 
 
@@ -91,7 +91,7 @@ def kl_term(config: Config, part: Part, wanted: Outputs, outputs: Outputs) -> Te
 def layer_term(part: Part, target: Tensor, state: Tensor, weight: float) -> Term:
     """One layer's distance over the teacher's energy, both [B,T,H] summed over positions that are not padding.
 
-    mean(d**2) / (mean(t**2) + eps) = sum(d**2) / (sum(t**2) + n * eps): numerator and denominator add up over micro-batches.
+    mean(d**2) / (mean(t**2) + eps) = sum(d**2) / (sum(t**2) + n * eps): both sums add up over micro-batches.
     """
     attended = part.attention_mask.bool()
     target = widen(target)[attended]

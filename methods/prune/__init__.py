@@ -37,6 +37,8 @@ def run(stage: Stage, method: ModuleType) -> None:
     parent = stage.parents["model"]
     model = load_model(parent, dtype="float32")
     _, before = nonzero(model)
+    state = stage.progress.load()
+    stage.notes["resumed_from_step"] = state.step if state else 0
     method.prune(stage.config, model, Calibration(stage), stage.progress)
     total, after = nonzero(model)
     stage.notes.update(parameters=total, nonzero_before=before, nonzero_after=after, layers=report(model))

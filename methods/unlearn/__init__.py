@@ -5,9 +5,12 @@ A method file holds ``loss(config, model, batch, reference)`` and returns named 
 and in evaluation mode; it is made only for a method whose ``needs_reference(config)`` says so (or that
 does not say), because it costs a second model's memory.
 
-Pairing follows locuslab/open-unlearning: an epoch is a pass over the *forget* rows, and each is accompanied by
-one retain row drawn uniformly at random, with replacement. The draw depends on (seed, step) only, so a resumed run sees the same
-rows. How much of the retain set is ever seen therefore grows with the number of steps.
+A loss that is no sum over items also has ``outer(config)``: the objective as a function of the terms' means, or
+None where these options need none.
+
+Pairing follows locuslab/open-unlearning: an epoch is a pass over the *forget* rows, and each is accompanied by one
+retain row drawn uniformly at random, with replacement. The draw depends on (seed, step) only, so a resumed run
+sees the same rows. How much of the retain set is ever seen therefore grows with the number of steps.
 """
 
 from __future__ import annotations
@@ -43,13 +46,11 @@ class Unlearning(Training):
 
     # rows to be forgotten
     forget: Dataset = "authors/forget10"
-    # rows to be kept, from which each forget row gets a random companion
-    retain: Dataset = "authors/retain90"
     # passes over the forget rows (open-unlearning's TOFU experiment)
     epochs: Annotated[float, Gt(0)] | None = 10.0
     # decoupled weight decay 0.01 as in that experiment; its base trainer has 0
     optimizer: Optimizer = Component("adamw", {"learning_rate": 1e-5, "weight_decay": 0.01})
-    # linear to 0 after a warm-up of a tenth of the steps (one of the ten epochs)
+    # linear to 0; that experiment warms up over its first epoch, which is a number of steps to be written out here
     schedule: Schedule = Component("linear")
 
 
@@ -57,6 +58,8 @@ class Unlearning(Training):
 class Retaining(Unlearning):
     """The options of methods with a retain term: L = gamma * L_forget + alpha * L_retain."""
 
+    # rows to be kept, from which each forget row gets a random companion
+    retain: Dataset = "authors/retain90"
     # weight of the forget term
     gamma: Annotated[float, Ge(0)] = 1.0
     # weight of the retain term; 0 leaves the retain rows unread
@@ -91,7 +94,7 @@ def keeps_to_start(config: Retaining) -> bool:
 
 
 def run(stage: Stage, method: ModuleType) -> None:
-    """Encode both sets, pair them and train with the method's loss."""
+    """Encode the sets the loss reads, pair them and train with it."""
     from methods import loop
     from methods.checkpoint import load_tokenizer
     from methods.data import Style, encode
@@ -101,21 +104,34 @@ def run(stage: Stage, method: ModuleType) -> None:
     tokenizer, style = load_tokenizer(source), Style.read(source)
     parts = {
         name: encode(stage.data.rows(dataset), tokenizer, style, config.context_tokens)
-        for name, dataset in (("forget", config.forget), ("retain", config.retain))
+        for name, dataset in datasets(config).items()
     }
     settings = replace(config, probe=tuple(probe_of(config, text) for text in config.probe))
     model = loop.prepare(stage, settings)
-    needs_reference = getattr(method, "needs_reference", lambda config: True)
-    reference = loop.reference_of(stage, model, settings) if needs_reference(config) else None
+    reference = loop.reference_of(stage, model, settings) if asks(method, config) else None
 
     def loss(model: Any, batch: UnlearnBatch) -> Terms:
         terms: Terms = method.loss(config, model, batch, reference)
         return terms
 
+    outer = method.outer(config) if hasattr(method, "outer") else None
     batches = loop.Batches(parts, size=config.batch, seed=stage.seed, drawn=("retain",))
-    loop.train(stage, model, settings, batches, loss)
+    loop.train(stage, model, settings, batches, loss, outer=outer)
+
+
+def datasets(config: Unlearning) -> dict[str, str]:
+    """The sets that make up a batch; the retain rows only where they count."""
+    wanted = {"forget": config.forget}
+    if isinstance(config, Retaining) and config.alpha > 0:
+        wanted["retain"] = config.retain
+    return wanted
+
+
+def asks(method: ModuleType, config: Unlearning) -> bool:
+    """Whether the method needs the starting model; one that does not say gets it."""
+    return bool(method.needs_reference(config)) if hasattr(method, "needs_reference") else True
 
 
 def probe_of(config: Unlearning, text: str) -> str:
-    """``forget`` and ``retain`` alone mean the method's own sets; ``name=dataset`` means itself."""
-    return f"{text}={getattr(config, text)}" if text in ("forget", "retain") else text
+    """``forget`` and ``retain`` alone mean the method's own sets; ``name=data set`` means itself."""
+    return f"{text}={getattr(config, text)}" if text in ("forget", "retain") and hasattr(config, text) else text

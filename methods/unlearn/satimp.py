@@ -7,19 +7,21 @@
 
 ``p ** beta1`` is the *saturation* criterion (still memorised, so still worth pushing), ``(1 - p) ** beta2`` the
 smooth stand-in for the *importance* criterion (hard tokens carry the content). ``beta2=0`` alone is SimSat (and
-WGA), ``beta1=0`` alone SimImp. The weight carries no gradient. ``granularity`` is the paper's study of what is weighted:
-a token, a whole answer (its probability, and its summed loss), or the batch (one weight, the mean of its answers').
-With ``group_tokens`` the token weights of an answer are sorted and neighbours share their mean.
+WGA), ``beta1=0`` alone SimImp. The weight carries no gradient. ``granularity`` is the paper's study of what is
+weighted: a token, a whole answer (its probability, and its summed loss), or the batch (the mean of its answers'
+weights). With ``group_tokens`` the token weights of an answer are sorted and neighbours share their mean.
 
 Where paper and code disagree. The official code (tmlr-group/SatImp) has one ``coeff``: in ``satimp_gd`` it
-multiplies the *retain* term (0.1), in ``simsat_gd`` the *forget* term. open-unlearning's ``SatImp.yaml`` puts 0.1 on the
-forget term, a hundred times less forgetting for the same retaining, which the SatImp author reported as ineffective.
-Here gamma and alpha are both explicit, with the official meaning as the default. The official ``group_*`` functions
-work for length 500 only; this one for any. Their hard sampling (``ga_topk``) and annotated importance are not options of this file.
+multiplies the *retain* term (0.1), in ``simsat_gd`` the *forget* term. open-unlearning's ``SatImp.yaml`` puts 0.1 on
+the forget term, a hundred times less forgetting for the same retaining, which the SatImp author reported as
+ineffective. Here gamma and alpha are both explicit, with the official meaning as the default. The official ``group_*``
+functions work for length 500 only, this one for any. Their hard sampling (``ga_topk``) and annotated importance are
+not options of this file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -54,12 +56,7 @@ class Config(Retaining):
     group_tokens: Annotated[int, Ge(1)] | None = None
 
     def __post_init__(self) -> None:
-        """Groups are groups of token weights, and a batch weight needs the batch."""
-        if self.granularity == "batch" and self.micro_batch not in (None, self.batch):
-            raise AssayError(
-                "unlearn.satimp: with granularity='batch' the weight is a mean over the whole batch, "
-                "which micro-batches do not see; leave micro_batch out."
-            )
+        """Groups are groups of token weights."""
         if self.group_tokens is not None and self.granularity != "token":
             raise AssayError(
                 f"unlearn.satimp: group_tokens={self.group_tokens} groups token weights; "
@@ -69,8 +66,8 @@ class Config(Retaining):
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
-        sentence="SatImp (beta 5 and 1, gamma 10, alpha 1, lr 1e-3) keeps a lower retain NLL than GradDiff with weights "
-        "(1, 1) at forget NLL 2. The advantage is mostly one of the effective forget/retain ratio: GradDiff with "
+        sentence="SatImp (beta 5 and 1, gamma 10, alpha 1, lr 1e-3) keeps a lower retain NLL than GradDiff with "
+        "weights (1, 1) at forget NLL 2. The advantage is mostly one of the effective forget/retain ratio: GradDiff with "
         "alpha 20 is expected to overturn it, and rows outside the retain set are not protected.",
         source="embedded.md 3 and 10: 0.026 +- 0.008 against 0.223 +- 0.019 (n = 3); GradDiff with alpha 20: 0.012",
         metric="curve.probe.retain@probe.forget=2",
@@ -95,24 +92,39 @@ def needs_reference(config: Config) -> bool:
 
 
 def loss(config: Config, model: Any, batch: UnlearnBatch, reference: Any) -> Terms:
-    """``forget``: the weighted answer NLL, weighted -gamma; ``retain`` as ``retain_loss`` says."""
-    forget = forget_term(config, batch.forget, forward(model, batch.forget))
-    return {"forget": forget} | retain_term(config, model, batch, reference)
+    """``forget``: the weighted answer NLL, weighted -gamma; ``retain`` as ``retain_loss`` says.
+
+    With one weight for the batch, ``forget`` is the mean NLL of whole answers and ``weight`` what multiplies it.
+    """
+    forget = forget_terms(config, batch.forget, forward(model, batch.forget))
+    return forget | retain_term(config, model, batch, reference)
 
 
-def forget_term(config: Config, part: Part, outputs: Outputs) -> Term:
+def outer(config: Config) -> Callable[[Mapping[str, Tensor]], Tensor] | None:
+    """A weight that is a mean over the batch makes the loss a product of two means."""
+    if config.granularity != "batch":
+        return None
+
+    def objective(means: Mapping[str, Tensor]) -> Tensor:
+        forget = -config.gamma * means["weight"] * means["forget"]
+        return forget + config.alpha * means["retain"] if "retain" in means else forget
+
+    return objective
+
+
+def forget_terms(config: Config, part: Part, outputs: Outputs) -> dict[str, Term]:
     """Token weights multiply token losses (mean over tokens), the others whole answers (mean over answers)."""
     losses = token_nll(outputs)
     if config.granularity == "token":
         weights = reweight(losses, config)
         if config.group_tokens is not None:
             weights = share(weights, outputs.mask, config.group_tokens)
-        return Term((weights * losses).sum(), part.tokens, -config.gamma)
-    losses = losses.sum(-1)
-    weights = reweight(losses, config)
-    if config.granularity == "batch":
-        weights = weights.mean()
-    return Term((weights * losses).sum(), part.sequences, -config.gamma)
+        return {"forget": Term((weights * losses).sum(), part.tokens, -config.gamma)}
+    answers = losses.sum(-1)
+    weights = reweight(answers, config)
+    if config.granularity == "instance":
+        return {"forget": Term((weights * answers).sum(), part.sequences, -config.gamma)}
+    return {"weight": Term(weights.sum(), part.sequences, 0.0), "forget": Term(answers.sum(), part.sequences)}
 
 
 def reweight(losses: Tensor, config: Config) -> Tensor:
@@ -127,7 +139,10 @@ def reweight(losses: Tensor, config: Config) -> Tensor:
 
 
 def share(weights: Tensor, mask: Tensor, group_tokens: int) -> Tensor:
-    """Within each answer [B,T-1], sorted by weight, every ``group_tokens`` neighbours share their mean; the last group takes what is left."""
+    """Within each answer [B,T-1], sorted by weight, every ``group_tokens`` neighbours share their mean.
+
+    The last group of an answer takes what is left.
+    """
     shared = weights.clone()
     for row, counted in enumerate(mask):
         places = counted.nonzero().squeeze(-1)
