@@ -78,7 +78,8 @@ def generate(
     from methods.data import encode_pairs, padding_id
 
     # The prompt is what comes before the first label of a pair, so it is tokenised exactly as in training.
-    pairs = encode_pairs([{"question": question, "answer": "a"} for question in questions], tokenizer, style, 1 << 30)
+    rows = [{"question": question, "answer": "a"} for question in questions]
+    pairs = encode_pairs(rows, tokenizer, style, 1 << 30)
     prompts = [pair.input_ids[: len(pair.labels) - _tail(pair)] for pair in pairs]
     ends, texts = ends_of(model, tokenizer, style), {}
     for chosen in batches([len(prompt) for prompt in prompts], batch):
@@ -112,7 +113,11 @@ def greedy(model: Any, inputs: Any, mask: Any, new_tokens: int, ends: set[int]) 
     steps, cache = [], None
     for _ in range(new_tokens):
         output = model(
-            input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
         )
         cache = output.past_key_values
         token = output.logits[:, -1].argmax(-1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from methods.stage import AssayError
 
 REVISION = 1
 Rows = list[dict[str, Any]]
+TASKS = Path(__file__).parent / "tasks"
+ENDING = re.compile(r"\.(jsonl|json|parquet|txt)(\.gz)?$")
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
@@ -73,6 +76,39 @@ COPIES: dict[str, Copy] = {
 }
 
 
+def names_read(tasks: Iterable[str], data: Locator) -> tuple[str, ...]:
+    """Data sets that tasks read from the built-in world or below the data folder; hub data are not among them.
+
+    Told from names alone, without reading lm-eval's task files: a folder that a task may read counts as read.
+    """
+    found: list[str] = []
+    for task in tasks:
+        own = TASKS / f"{task}.yaml"
+        if own.is_file():
+            found += [
+                f"authors/{split}" for split in re.findall(r"^  split: (\w+)$", own.read_text(), re.MULTILINE)
+            ]
+        elif task.endswith(".yaml"):
+            found += _below(data, str(Path(task).parent))
+        else:
+            found += [name for folder in _folders(task) for name in _below(data, folder)]
+    return tuple(dict.fromkeys(found))
+
+
+def _folders(task: str) -> list[str]:
+    """Folders whose name the task's name is, or begins with: mmlu for mmlu_anatomy, wikitext2 for wikitext."""
+    copies = {copy.folder for copy in COPIES.values()} | {"blimp", task}
+    return sorted(name for name in copies if f"{task}_".startswith(f"{name}_") or name == f"{task}2")
+
+
+def _below(data: Locator, folder: str) -> list[str]:
+    """Every data file of a folder below the data folder, by name."""
+    if data.folder is None or not (data.folder / folder).is_dir():
+        return []
+    files = sorted(path.relative_to(data.folder).as_posix() for path in data.folder_of(folder).rglob("*"))
+    return [name for name in files if ENDING.search(name)]
+
+
 # --- finding rows ----------------------------------------------------------------------------------------------
 
 
@@ -118,7 +154,9 @@ class Supply:
         for name in self._files(folder, lambda stem: stem == paradigm):
             self.said[task["task"]] = f"blimp/{name}"
             return {"train": self._rows(f"blimp/{name}")}
-        raise AssayError(f"the data folder has no blimp/{paradigm}.jsonl, which the task {task['task']} needs.")
+        raise AssayError(
+            f"the data folder has no blimp/{paradigm}.jsonl, which the task {task['task']} needs."
+        )
 
     def _copy(self, task: dict[str, Any]) -> dict[str, Rows] | None:
         copy = self._place(task)
@@ -127,9 +165,11 @@ class Supply:
             return None
         found, names = {}, []
         for split in _splits(task):
-            files = list(self._files(folder, lambda stem, split=split: _is_split(stem, split), copy.containing))
+            files = list(self._files(folder, partial(_is_split, split), copy.containing))
             if len(files) > 1:
-                raise AssayError(f"{copy.folder} has several files for {split}: {', '.join(files)}; keep one.")
+                raise AssayError(
+                    f"{copy.folder} has several files for {split}: {', '.join(files)}; keep one."
+                )
             for name in files:
                 rows = self._rows(f"{copy.folder}/{name}")
                 found[split] = copy.convert(rows, task.get("dataset_name") or "") if copy.convert else rows
@@ -155,7 +195,7 @@ class Supply:
     def _files(self, folder: Path, wanted: Callable[[str], bool], containing: str = "") -> Iterable[str]:
         """Names (with their ending) of the wanted data files of a folder, in alphabetical order."""
         for path in sorted(folder.iterdir()):
-            stem = re.sub(r"\.(jsonl|json|parquet|txt)(\.gz)?$", "", path.name)
+            stem = ENDING.sub("", path.name)
             if stem != path.name and wanted(stem) and containing in path.name:
                 yield path.name
 
@@ -172,7 +212,7 @@ def _splits(task: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(name for name in names if name))
 
 
-def _is_split(stem: str, split: str) -> bool:
+def _is_split(split: str, stem: str) -> bool:
     """``validation_0_5999`` holds (a part of) ``validation``."""
     return stem == split or stem.startswith(f"{split}_")
 
@@ -226,7 +266,12 @@ SCHEMAS: dict[str, Callable[[int], dict[str, Any]]] = {
         "choices": _labelled(i),
         "answerKey": "ABCD"[i % 4],
     },
-    "super_glue/boolq": lambda i: {"question": f"is it {WORDS[i]}", "passage": "It is red.", "idx": i, "label": i % 2},
+    "super_glue/boolq": lambda i: {
+        "question": f"is it {WORDS[i]}",
+        "passage": "It is red.",
+        "idx": i,
+        "label": i % 2,
+    },
     "commonsense_qa": lambda i: {
         "id": str(i),
         "question": f"What is {WORDS[i]}?",
@@ -234,7 +279,9 @@ SCHEMAS: dict[str, Callable[[int], dict[str, Any]]] = {
         "choices": {"text": WORDS[:5], "label": list("ABCDE")},
         "answerKey": "ABCDE"[i % 5],
     },
-    "wikitext_document_level": lambda i: {"page": f" = {WORDS[i].title()} = \n \n It is {WORDS[i]} @-@ like . \n"},
+    "wikitext_document_level": lambda i: {
+        "page": f" = {WORDS[i].title()} = \n \n It is {WORDS[i]} @-@ like . \n"
+    },
     "lambada": lambda i: {"text": f"She took the {WORDS[i]} coat because it was {WORDS[i]}"},
     "cais/mmlu": lambda i: {
         "question": f"What is {WORDS[i]}?",
@@ -243,6 +290,12 @@ SCHEMAS: dict[str, Callable[[int], dict[str, Any]]] = {
         "answer": i % 4,
     },
     "wmdp": lambda i: {"question": f"What is {WORDS[i]}?", "choices": WORDS[:4], "answer": i % 4},
-    "gsm8k": lambda i: {"question": f"What is {i} plus 1?", "answer": f"{i} plus 1 is {i + 1}.\n#### {i + 1}"},
-    "blimp": lambda i: {"sentence_good": f"The {WORDS[i]} dog runs.", "sentence_bad": f"The {WORDS[i]} dog run."},
+    "gsm8k": lambda i: {
+        "question": f"What is {i} plus 1?",
+        "answer": f"{i} plus 1 is {i + 1}.\n#### {i + 1}",
+    },
+    "blimp": lambda i: {
+        "sentence_good": f"The {WORDS[i]} dog runs.",
+        "sentence_bad": f"The {WORDS[i]} dog run.",
+    },
 }

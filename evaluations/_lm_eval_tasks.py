@@ -29,27 +29,31 @@ REVISION = 1
 PACKAGED = Path(lm_eval.tasks.__file__).parent
 OURS = Path(__file__).parent / "tasks"
 # Reading all of lm-eval's 14,000 tasks takes five seconds; a task mostly lies in the folder its name begins with.
-FOLDERS = {name: "super_glue" for name in ("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc")}
+FOLDERS = dict.fromkeys(("boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc"), "super_glue")
 # Packaged tasks that run what the model wrote without saying so in their file.
 RUNS_GENERATED_CODE = re.compile(r"cruxeval|humaneval|mbpp|pseudo_to_code")
 
 
 def load(names: Sequence[str], supply: Supply, trusted: bool) -> dict[str, Any]:
-    """lm-eval's ``{"tasks": …, "groups": …, "group_map": …}`` for task names, groups, tags, or files in the data folder.
+    """lm-eval's ``{"tasks": …, "groups": …}`` for names of tasks, groups and tags, or files in the data folder.
 
     Raises:
         AssayError: an unknown name, data that are not on this machine, or a task that is refused.
     """
     for name in names:
         if RUNS_GENERATED_CODE.search(name):
-            raise AssayError(f"the task {name} runs code that the model wrote, which Assay does not do; leave it out.")
+            raise AssayError(
+                f"the task {name} runs code that the model wrote, which Assay does not do; leave it out."
+            )
     manager = _manager(names)
     manager._factory = Factory(supply)
     files = {name: _user_file(name, supply, trusted) for name in names if name.endswith(".yaml")}
     try:
         return dict(manager.load([str(files.get(name, name)) for name in names]))
     except ImportError as error:
-        raise AssayError(f"lm-eval needs a package for these tasks that is not installed: {error}.") from error
+        raise AssayError(
+            f"lm-eval needs a package for these tasks that is not installed: {error}."
+        ) from error
     except ValueError as error:
         raise AssayError(f"lm-eval cannot set up {', '.join(names)}: {error}") from error
 
@@ -131,7 +135,9 @@ def templates(names: Sequence[str], trusted: bool) -> Iterator[None]:
     """While a user's untrusted file is in use, templates cannot reach Python's internals; lm-eval's own can."""
     usual = lm_eval.utils.env
     if not trusted and any(name.endswith(".yaml") for name in names):
-        sandbox = SandboxedEnvironment(loader=usual.loader, undefined=usual.undefined, keep_trailing_newline=True)
+        sandbox = SandboxedEnvironment(
+            loader=usual.loader, undefined=usual.undefined, keep_trailing_newline=True
+        )
         sandbox.filters.update(usual.filters)
         lm_eval.utils.env = sandbox
     try:
@@ -177,7 +183,9 @@ class Factory(TaskFactory):
             self.supply.partial["blimp"] = f"{len(kept)}/{len(members)}"
             self.supply.said["blimp"] = f"{len(kept)} of {len(members)} subtasks, those with a local file"
         if not kept:
-            raise AssayError("the folder blimp in the data folder holds none of BLiMP's files (<paradigm>.jsonl).")
+            raise AssayError(
+                "the folder blimp in the data folder holds none of BLiMP's files (<paradigm>.jsonl)."
+            )
         return {**config, "task": kept}
 
     def _supplied(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -196,18 +204,24 @@ class Factory(TaskFactory):
         if config.get("dataset_path") not in ("json", "parquet", "text") or named is None:
             return None
         base = file.parent.relative_to(data.folder)
-        return {split: data.rows((base / name).as_posix()) for split, name in _by_split(config, named).items()}
+        return {
+            split: data.rows((base / name).as_posix()) for split, name in _by_split(config, named).items()
+        }
 
 
 def _refuse_unsafe(config: dict[str, Any]) -> None:
     if config.get("unsafe_code"):
-        raise AssayError(f"the task {config['task']} runs code that the model wrote, which Assay does not do.")
+        raise AssayError(
+            f"the task {config['task']} runs code that the model wrote, which Assay does not do."
+        )
 
 
 def _by_split(config: dict[str, Any], named: Any) -> dict[str, str]:
     if isinstance(named, dict) and all(isinstance(name, str) for name in named.values()):
         return dict(named)
-    raise AssayError(f"{config['task']}: write data_files as a mapping from split to one file: {{test: rows.jsonl}}.")
+    raise AssayError(
+        f"{config['task']}: write data_files as a mapping from split to one file: {{test: rows.jsonl}}."
+    )
 
 
 def _on_rows(config: dict[str, Any], rows: dict[str, Rows]) -> dict[str, Any]:

@@ -48,7 +48,9 @@ def harmonic_mean(parts: Mapping[str, Sequence[Sequence[float] | ndarray]]) -> E
     """
     import numpy as np
 
-    lists = {group: [np.asarray(values, dtype=np.float64) for values in found] for group, found in parts.items()}
+    lists = {
+        group: [np.asarray(values, dtype=np.float64) for values in found] for group, found in parts.items()
+    }
     means = [values.mean() for found in lists.values() for values in found]
     items = sum(max(len(values) for values in found) for found in lists.values())
     if min(means) <= 0.0:

@@ -67,9 +67,10 @@ def option_probability(right: ndarray, wrong: ndarray, definition: Definition = 
 
 
 def forget_quality(ratios: ndarray, retained_ratios: ndarray) -> tuple[float, float]:
-    """(p-value, statistic) of the two-sided two-sample Kolmogorov-Smirnov test between the truth ratios of the
-    unlearned model and of a model that never saw the forget set. 1 is best; it does not depend on the definition
-    of R except through ties, because the test is blind to monotone maps.
+    """(p-value, statistic) of the two-sided two-sample Kolmogorov-Smirnov test between two models' truth ratios.
+
+    The second model never saw the forget set; a p-value of 1 is best. The definition of R matters only through
+    ties, because the test is blind to monotone maps.
     """
     from scipy.stats import ks_2samp
 

@@ -16,10 +16,12 @@ import logging
 import os
 import random
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
@@ -41,10 +43,13 @@ USES = (
 )
 BOOTSTRAP_DRAWS = 200
 SEED = 1234
+SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """Which tasks are run, and on how much of them."""
+
     # Tasks, groups or tags by lm-eval's names, or files below the data folder that end in .yaml.
     tasks: tuple[str, ...]
     # Sequences scored at once: fixed, because on a GPU it can move the last bits of a score.
@@ -59,6 +64,13 @@ class Config:
             raise ValueError("tasks needs at least one task.")
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError("tasks names a task twice.")
+
+
+def datasets(config: Config, locator: Locator) -> tuple[str, ...]:
+    """Names of the local data sets the tasks read: their content enters a score's id."""
+    from evaluations._lm_eval_data import names_read
+
+    return names_read(config.tasks, locator)
 
 
 def evaluate(scoring: Scoring) -> list[Row]:
@@ -111,7 +123,7 @@ def _seed() -> None:
     import torch
 
     random.seed(0)
-    np.random.seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002  (the generator that task files draw from)
     torch.manual_seed(SEED)
 
 
@@ -129,8 +141,11 @@ def _language_model(scoring: Scoring, style: Style) -> Any:
     """lm-eval's view of the loaded model. The tokenizer is a copy: lm-eval gives it a padding token."""
     from lm_eval.models.huggingface import HFLM
 
-    class Model(HFLM):  # type: ignore[misc]
-        """HFLM whose progress bars only show on a terminal."""
+    class Model(HFLM):
+        """HFLM that shows bars on a terminal only; elsewhere a line every ten seconds."""
+
+        batches_done = 0
+        said_at = time.monotonic()
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=_no_bars())
@@ -142,7 +157,23 @@ def _language_model(scoring: Scoring, style: Style) -> Any:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **rest: Any) -> Any:
-            return super()._loglikelihood_tokens(requests, disable_tqdm=_no_bars() or "override_bs" in rest, **rest)
+            return super()._loglikelihood_tokens(
+                requests, disable_tqdm=_no_bars() or "override_bs" in rest, **rest
+            )
+
+        def _model_call(self, *inputs: Any, **rest: Any) -> Any:
+            self._tell()
+            return super()._model_call(*inputs, **rest)
+
+        def _model_generate(self, *inputs: Any, **rest: Any) -> Any:
+            self._tell()
+            return super()._model_generate(*inputs, **rest)
+
+        def _tell(self) -> None:
+            self.batches_done += 1
+            if _no_bars() and time.monotonic() - self.said_at > SECONDS_BETWEEN_LINES:
+                self.said_at = time.monotonic()
+                print(f"lm_eval: {self.batches_done} batches done", flush=True)
 
     tokenizer = deepcopy(scoring.tokenizer())
     if style.prompt == "chat":
@@ -158,20 +189,24 @@ def _no_bars() -> bool:
 def _quiet() -> Iterator[None]:
     """Only errors of lm-eval and datasets are shown, and the bootstrap starts no processes."""
     import datasets
+    import lm_eval.api.task
+    from tqdm import tqdm
 
-    logger = logging.getLogger("lm_eval")
-    level, variable = logger.level, os.environ.get("DISABLE_MULTIPROC")
+    logger, variable = logging.getLogger("lm_eval"), os.environ.get("DISABLE_MULTIPROC")
+    level = logger.level
     logger.setLevel(logging.ERROR)
     os.environ["DISABLE_MULTIPROC"] = "1"
     datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = partial(tqdm, disable=_no_bars())
     try:
         yield
     finally:
-        logger.setLevel(level)
+        lm_eval.api.task.tqdm = tqdm
         datasets.enable_progress_bars()
         os.environ.pop("DISABLE_MULTIPROC")
         if variable is not None:
             os.environ["DISABLE_MULTIPROC"] = variable
+        logger.setLevel(level)
 
 
 # --- results ---------------------------------------------------------------------------------------------------
@@ -196,7 +231,12 @@ def _kept(results: Any, config: Config) -> dict[str, Any]:
         **kept,
         "configs": without_paths(results["configs"]),
         "task_hashes": hashes,
-        "config": {**settings, "bootstrap_iters": BOOTSTRAP_DRAWS, "fewshot_seed": SEED, "lm_eval": version("lm_eval")},
+        "config": {
+            **settings,
+            "bootstrap_iters": BOOTSTRAP_DRAWS,
+            "fewshot_seed": SEED,
+            "lm_eval": version("lm_eval"),
+        },
     }
 
 

@@ -36,6 +36,8 @@ USES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """Which text is read, and in what windows."""
+
     # Data set whose rows have a text column: the name ends in its split, as in "wikitext2/test".
     data: Dataset
     # Tokens of a window.
@@ -61,7 +63,8 @@ def evaluate(scoring: Scoring) -> list[Row]:
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
     examples = windows(ids, config.context_tokens, _stride(config))[: config.limit]
     answers = score(scoring.model(), examples, padding_id(tokenizer), config.batch)
-    sums, counts = [float(answer.losses.sum()) for answer in answers], [len(answer.losses) for answer in answers]
+    sums = [float(answer.losses.sum()) for answer in answers]
+    counts = [len(answer.losses) for answer in answers]
     tokens_per_byte = (len(ids) - (ids[0] in tokenizer.all_special_ids)) / len(text.encode("utf-8"))
     return _rows(config, _statistics.ratio(sums, counts), sum(counts), tokens_per_byte)
 
@@ -77,7 +80,9 @@ def windows(ids: list[int], context: int, stride: int) -> list[Example]:
     if len(ids) < 2:
         raise AssayError("perplexity needs a text of at least two tokens.")
     if stride > context:
-        raise AssayError(f"stride_tokens={stride} is longer than context_tokens={context}: tokens would be left out.")
+        raise AssayError(
+            f"stride_tokens={stride} is longer than context_tokens={context}: tokens would be left out."
+        )
     found, scored = [], 0
     for begin in range(0, len(ids), stride):
         window = ids[begin : begin + context]
@@ -97,7 +102,9 @@ def _stride(config: Config) -> int:
 def _text(scoring: Scoring) -> str:
     rows = scoring.data.rows(scoring.config.data)
     if not all(isinstance(row.get("text"), str) for row in rows):
-        raise AssayError(f"perplexity needs rows with a text column, which {scoring.config.data} does not have.")
+        raise AssayError(
+            f"perplexity needs rows with a text column, which {scoring.config.data} does not have."
+        )
     if scoring.config.join == "blank_lines":
         return "\n\n".join(row["text"] for row in rows)
     return "".join(row["text"] if row["text"].endswith("\n") else row["text"] + "\n" for row in rows)
@@ -107,11 +114,16 @@ def _rows(config: Config, nll: _statistics.Estimate, tokens: int, tokens_per_byt
     task = f"{config.data} context={config.context_tokens} stride={_stride(config)} joined={config.join}"
     if config.limit is not None:
         task += f" limit={config.limit}"
-    perplexity = math.exp(nll.value)
-    bits = tokens_per_byte / math.log(2)
-    spread = nll.stderr
+    perplexity, bits = math.exp(nll.value), tokens_per_byte / math.log(2)
+
+    def row(metric: str, value: float, slope: float, unit: str) -> Row:
+        """The standard error follows that of the loss by the slope."""
+        return Row(
+            task, metric, value, None if nll.stderr is None else slope * nll.stderr, tokens, unit, "lower"
+        )
+
     return [
-        Row(task, "nll", nll.value, spread, tokens, "nats/token", "lower"),
-        Row(task, "perplexity", perplexity, None if spread is None else perplexity * spread, tokens, "", "lower"),
-        Row(task, "bits_per_byte", nll.value * bits, None if spread is None else spread * bits, tokens, "bits/byte", "lower"),
+        row("nll", nll.value, 1.0, "nats/token"),
+        row("perplexity", perplexity, perplexity, ""),
+        row("bits_per_byte", nll.value * bits, bits, "bits/byte"),
     ]

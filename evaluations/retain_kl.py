@@ -29,6 +29,8 @@ USES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """Which model is compared with, and on what."""
+
     # The model before, usually the one that was unlearned or compressed.
     reference: Model
     # Question-answer rows whose answers should not have changed.
@@ -58,7 +60,9 @@ def evaluate(scoring: Scoring) -> list[Row]:
     return [Row(task, "kl", estimate.value, estimate.stderr, estimate.n, "nats/token", "lower")]
 
 
-def _divergences(model: Any, reference: Any, examples: list[Example], padding: int) -> list[tuple[float, int]]:
+def _divergences(
+    model: Any, reference: Any, examples: list[Example], padding: int
+) -> list[tuple[float, int]]:
     """(summed KL, tokens) of each example's answer."""
     from methods import terms
     from methods.data import collate
@@ -67,8 +71,8 @@ def _divergences(model: Any, reference: Any, examples: list[Example], padding: i
     before, after = terms.frozen(reference, part).logits, terms.frozen(model, part).logits
     if before.shape != after.shape:
         raise AssayError(
-            f"retain_kl compares distributions over one vocabulary, but the reference has {before.shape[-1]} entries and "
-            f"the model {after.shape[-1]}; take a reference with the same tokenizer."
+            f"retain_kl compares distributions over one vocabulary, but the reference has {before.shape[-1]} "
+            f"entries and the model {after.shape[-1]}; take a reference with the same tokenizer."
         )
     each = terms.kl_divergence(before.double(), after.double()).masked_fill(~part.mask, 0.0).sum(-1)
     return list(zip(each.tolist(), part.mask.sum(-1).tolist(), strict=True))

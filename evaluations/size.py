@@ -17,7 +17,7 @@ USES = ("methods.checkpoint",)
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    pass
+    """Nothing to choose."""
 
 
 def evaluate(scoring: Scoring) -> list[Row]:

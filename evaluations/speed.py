@@ -31,8 +31,10 @@ ANY_COUNTRY = "FRA"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """How much is read and written, and how often."""
+
     # Tokens of the prompt.
-    prompt_tokens: Annotated[int, Gt(0)] = 128
+    prompt_tokens: Annotated[int, Gt(0)] = 64
     # Tokens written after it.
     new_tokens: Annotated[int, Gt(0)] = 32
     # Sequences at once.
@@ -81,8 +83,8 @@ def _prompt(model: Any, config: Config) -> Any:
     places = getattr(model.config, "max_position_embeddings", None)
     if places is not None and config.prompt_tokens + config.new_tokens > places:
         raise AssayError(
-            f"speed: {config.prompt_tokens} prompt and {config.new_tokens} new tokens do not fit this model's {places}; "
-            "lower prompt_tokens or new_tokens."
+            f"speed: {config.prompt_tokens} prompt and {config.new_tokens} new tokens do not fit this model's "
+            f"{places}; lower prompt_tokens or new_tokens."
         )
     generator = torch.Generator().manual_seed(0)
     size = (config.batch, config.prompt_tokens)
@@ -97,8 +99,9 @@ def _prefill(model: Any, prompt: Any) -> tuple[Any, Any]:
 def _decode(model: Any, token: Any, cache: Any, config: Config) -> None:
     """Write ``new_tokens`` after the prompt, and cut the cache back to it."""
     for _ in range(config.new_tokens):
-        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
-    cache.crop(config.prompt_tokens)
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        token = output.logits[:, -1].argmax(-1, keepdim=True)
+    cache.crop(-config.new_tokens)
 
 
 def _measure(work: Callable[[], object], device: Any, config: Config) -> Phase:
@@ -107,7 +110,8 @@ def _measure(work: Callable[[], object], device: Any, config: Config) -> Phase:
 
     once = _timed(work, 1, device)
     rounds = max(1, round(config.seconds / min(once, _timed(work, 1, device))))
-    meter = Meter(ANY_COUNTRY, tuple(filter(None, os.environ.get("ASSAY_CARDS", "").split(","))), announce=False)
+    cards = tuple(filter(None, os.environ.get("ASSAY_CARDS", "").split(",")))
+    meter = Meter(ANY_COUNTRY, cards, announce=False)
     meter.start()
     seconds = [_timed(work, rounds, device) / rounds for _ in range(config.repeats)]
     account = meter.stop()

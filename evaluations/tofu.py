@@ -47,6 +47,8 @@ KEPT = ("retain", "real_authors", "world_facts")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """Which forget set, judged by whose definition, and with how much text."""
+
     # Forget split: forget01, forget05 or forget10.
     split: str = "forget10"
     # Whose files: the built-in fictitious authors, or TOFU itself.
@@ -92,7 +94,8 @@ def evaluate(scoring: Scoring) -> list[Row]:
     found = {name: _Measured(questions, scores, scoring.config, end) for name, questions in sets.items()}
     for name, texts in _write(scoring, sets).items():
         found[name].rouge = [
-            _unlearning.rouge(row["answer"], text)[0] for row, text in zip(sets[name].rows, texts, strict=False)
+            _unlearning.rouge(row["answer"], text)[0]
+            for row, text in zip(sets[name].rows, texts, strict=False)
         ]
     rows = _forgetting(found["forget"]) + _keeping(found)
     if scoring.config.reference is not None:
@@ -136,7 +139,9 @@ def _collect(scoring: Scoring) -> tuple[dict[str, Questions], dict[tuple[str, st
 def _checked(row: dict[str, Any], data: str) -> dict[str, Any]:
     missing = [column for column in ("question", "answer", "perturbed_answer") if column not in row]
     if missing:
-        raise AssayError(f"the rows of {data} have no column {missing[0]!r}; tofu needs TOFU's perturbed files.")
+        raise AssayError(
+            f"the rows of {data} have no column {missing[0]!r}; tofu needs TOFU's perturbed files."
+        )
     return row
 
 
@@ -169,11 +174,11 @@ def _write(scoring: Scoring, sets: dict[str, Questions]) -> dict[str, list[str]]
     """Free answers to the first questions of every set, generated in shared batches."""
     from evaluations._likelihood import generate
 
-    config = scoring.config
+    config, style = scoring.config, _style(scoring)
+    model, tokenizer = scoring.model(), scoring.tokenizer()
     asked = [(name, row["question"]) for name, found in sets.items() for row in found.rows[: config.generate]]
-    texts = generate(
-        scoring.model(), scoring.tokenizer(), _style(scoring), [q for _, q in asked], config.max_new_tokens, config.batch
-    )
+    questions = [question for _, question in asked]
+    texts = generate(model, tokenizer, style, questions, config.max_new_tokens, config.batch)
     written: dict[str, list[str]] = {name: [] for name in sets}
     for (name, _), text in zip(asked, texts, strict=True):
         written[name].append(text)
@@ -199,21 +204,23 @@ class _Measured:
         self.right = np.array([scores[i].loss for i in questions.right])
         # Rows may have unequal numbers of perturbed answers: each is reduced before they are stacked.
         wrong = [np.array([scores[i].loss for i in row]) for row in questions.wrong]
-        self.ratio = np.array(
-            [_unlearning.truth_ratio(r, w, config.definition) for r, w in zip(self.right, wrong, strict=True)]
-        )
+        pairs = list(zip(self.right, wrong, strict=True))
+        self.ratio = np.array([_unlearning.truth_ratio(r, w, config.definition) for r, w in pairs])
         self.closeness = _unlearning.closer_to_1_better(self.ratio, config.definition)
         self.trueness = _unlearning.true_better(self.ratio)
         self.probability = np.array([answer.probability for answer in self.answers])
         self.option_probability = np.array(
-            [_unlearning.option_probability(r, w, config.definition) for r, w in zip(self.right, wrong, strict=True)]
+            [_unlearning.option_probability(r, w, config.definition) for r, w in pairs]
         )
-        self.accuracy = [_choice([scores[i].text_log_likelihood(end) for i in row]) for row in questions.options]
+        self.accuracy = [
+            _choice([scores[i].text_log_likelihood(end) for i in row]) for row in questions.options
+        ]
         self.rouge: list[float] = []
 
     def nll(self) -> tuple[list[float], list[int]]:
         """(summed loss, tokens) of each row's true answer."""
-        return [float(answer.losses.sum()) for answer in self.answers], [len(answer.losses) for answer in self.answers]
+        sums = [float(answer.losses.sum()) for answer in self.answers]
+        return sums, [len(answer.losses) for answer in self.answers]
 
 
 def _choice(likelihoods: Sequence[float]) -> float:
@@ -257,7 +264,9 @@ def _keeping(found: dict[str, _Measured]) -> list[Measured]:
 
 def _kept_rows(name: str, kept: _Measured) -> list[Measured]:
     parts = zip(("probability", "rouge", "truth_ratio"), _utility_parts(name, kept), strict=True)
-    rows: list[Measured] = [(f"{name}_{part}", _statistics.mean(values), "", "higher") for part, values in parts]
+    rows: list[Measured] = [
+        (f"{name}_{part}", _statistics.mean(values), "", "higher") for part, values in parts
+    ]
     return [*rows, (f"{name}_accuracy", _statistics.mean(kept.accuracy), "", "higher")]
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from methods.stage import AssayError
+from methods.stage import AssayError, NotFinite
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +100,8 @@ def choose_device() -> torch.device:
 
 
 def _from_pretrained(loader: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, Mapping[str, Any]]:
+    from safetensors import SafetensorError
+
     try:
         model, report = loader.from_pretrained(
             folder,
@@ -109,7 +111,7 @@ def _from_pretrained(loader: Any, folder: Path, dtype: torch.dtype) -> tuple[Any
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise AssayError(f"{folder} holds no model that can be loaded: {_first_line(error)}") from error
     return model, report
 
@@ -192,16 +194,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def tensor_dtypes(folder: Path) -> dict[str, str]:
     """The precision of every floating-point weight, by name, read from the headers alone."""
-    from safetensors import safe_open
-
     found: dict[str, str] = {}
     for path in weight_files(Path(folder)):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (the handle is no mapping)
-                kind = file.get_slice(name).get_dtype()
-                if kind in DTYPES:
-                    found[name] = DTYPES[kind]
+        found |= {name: DTYPES[kind] for name, kind in _header(path).items() if kind in DTYPES}
     return found
+
+
+def _header(path: Path) -> dict[str, str]:
+    """Names and types of the tensors in a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise AssayError(f"{path} is no whole safetensors file: {error}.") from error
 
 
 def parent_dtype(folder: Path) -> str:
@@ -231,7 +238,11 @@ def save_model(
     Raises:
         NotFinite: a weight is not a finite number; nothing is written.
     """
+    import transformers
+
     folder = Path(folder)
+    refuse_not_finite(model)
+    transformers.utils.logging.disable_progress_bar()
     dtypes = (
         tensor_dtypes(source) if dtype == "parent" and source is not None and parent_dtype is None else {}
     )
@@ -254,6 +265,13 @@ def copy_companions(source: Path, folder: Path) -> None:
         shutil.copytree(
             source / "additional_chat_templates", folder / "additional_chat_templates", dirs_exist_ok=True
         )
+
+
+def refuse_not_finite(model: Any) -> None:
+    """Raise NotFinite, naming the weight, unless every weight is a finite number."""
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise NotFinite(f"the weight {name} is not finite everywhere: no model is written.")
 
 
 def _in_precision(state: Mapping[str, Tensor], dtypes: Mapping[str, str], usual: str) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ With the named terms k of a loss, ``sum_k`` and ``count_k`` taken over the *whol
 
 and both have the gradient  sum_k slope_k / count_k * d sum_k,  where slope_k is weight_k or d outer / d mean_k.
 ``d sum_k`` is a plain sum over micro-batches, so all that has to be known before the first backward pass are the
-counts (read off the whole batch where they are ``Count``s) and, for ``outer``, the means: a first pass without gradients
-gathers what is not known. Averaging the micro-batches' own losses instead weighs tokens by the lengths of their neighbours.
+counts (read off the whole batch where they are ``Count``s) and, for ``outer``, the means; a first pass without
+gradients gathers what is not known. Averaging the losses of micro-batches instead would weigh a token by the
+lengths of its neighbours.
 ``methods.loop``'s REVISION covers this file.
 """
 
@@ -158,7 +159,7 @@ class Gradient:
                     name: total_of(term.count, parts) for name, term in terms.items() if name not in plain
                 }
                 for name, term in plain.items():
-                    added[name] = added.get(name, 0.0) + torch.as_tensor(float(term.count)).to(sums[name])
+                    added[name] = added.get(name, 0.0) + sums[name].new_tensor(float(term.count))
         counted |= {name: float(count) for name, count in self._add(added).items()}
         return _Known(counted, self._add(sums))
 
@@ -255,7 +256,9 @@ def derivatives(outer: Outer, means: Mapping[str, Tensor]) -> dict[str, float]:
 
     leaves = {name: mean.detach().clone().requires_grad_() for name, mean in means.items()}
     with torch.enable_grad():
-        found = torch.autograd.grad(outer(leaves), list(leaves.values()), allow_unused=True)
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            outer(leaves), list(leaves.values()), allow_unused=True
+        )
     return {name: 0.0 if slope is None else float(slope) for name, slope in zip(leaves, found, strict=True)}
 
 

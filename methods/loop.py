@@ -5,13 +5,14 @@
     batches = loop.Batches({"forget": ..., "retain": ...}, size=16, seed=stage.seed)
     loop.train(stage, model, settings, batches, lambda model, batch: loss(config, model, batch, reference))
 
-A loss gets ``batch.forget``, ``batch.retain``, … (``methods.data.Part`` on the device), ``batch.step`` (updates done
-so far) and ``batch.steps``, and returns named terms; ``methods.gradient`` makes the exact gradient of the global batch from
-them. Give ``Term.count`` a count of a part where possible; any other number costs a first pass under micro-batches, and
-``Count(1.0, "batch")`` means that nothing divides the sum. A term with weight 0 is only logged.
+A loss gets ``batch.forget``, ``batch.retain``, … (``methods.data.Part`` on the device), ``batch.step`` (updates
+done so far) and ``batch.steps``, and returns named terms, from which ``methods.gradient`` makes the exact gradient of
+the global batch. Give ``Term.count`` a count of a part where possible; any other number costs a first pass under
+micro-batches, and ``Count(1.0, "batch")`` means that nothing divides the sum. A term with weight 0 is only logged.
 
-The master weights are float32; on an accelerator the forward pass runs in bfloat16. Adding a step of 1e-5 to weights
-held in bfloat16 would leave most of them where they were. What rounding takes away when the model is saved is in the notes.
+The master weights are float32; on an accelerator the forward pass runs in bfloat16. Adding a step of 1e-5 to
+weights held in bfloat16 would leave most of them where they were. What rounding takes when the model is saved is in the
+notes.
 
 ``curve.csv`` has a line per term: its mean on the batch, unweighted, at the weights after ``step`` updates, and the
 learning rate and gradient norm (before clipping) of the update that follows.
@@ -24,7 +25,6 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -536,8 +536,9 @@ class _Run:
 
     def _write(self, model: Any, folder: Path) -> dict[str, Any]:
         """Write a model, its adapter merged and kept beside; says what is non-zero and what rounding cost."""
-        from methods.checkpoint import save_model
+        from methods.checkpoint import refuse_not_finite, save_model
 
+        refuse_not_finite(model)
         beside = folder / "adapter"
         if self.adapter is not None:
             self.adapter.save(model, beside)

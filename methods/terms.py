@@ -11,7 +11,7 @@ A "model" is anything called as ``model(input_ids=..., attention_mask=...)``, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,10 +94,13 @@ def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) ->
     return (log_p.exp().masked_fill(absent, 0.0) * (log_p - log_q)).sum(-1)
 
 
-def total(terms: Terms) -> Tensor:
-    """The loss of a batch that is not divided: the sum of ``weight * sum / count``.
+def total(terms: Terms, outer: Callable[[Mapping[str, Tensor]], Tensor] | None = None) -> Tensor:
+    """The loss of a batch that is not divided: the sum of ``weight * sum / count``, or ``outer`` of the means.
 
     An empty term (count 0) is 0 with a zero gradient.
     """
-    values = [term.sum * (term.weight / term.count if term.count else 0.0) for term in terms.values()]
+    means = {name: term.sum * (1 / term.count if term.count else 0.0) for name, term in terms.items()}
+    if outer is not None:
+        return outer(means)
+    values = [terms[name].weight * mean for name, mean in means.items()]
     return sum(values[1:], start=values[0])

@@ -647,6 +647,8 @@ def test_heads_that_do_not_fit_get_a_sentence() -> None:
     for options in ({"hidden": 66, "heads": 4}, {"hidden": 60, "heads": 4}, {"kv_heads": 3}):
         with pytest.raises(AssayError, match="heads"):
             new.Config(**options)
+    with pytest.raises(AssayError, match="heads"):
+        smoke.Config(heads=3)
 
 
 def test_a_new_model_is_written_with_tokenizer_and_style(tmp_path: Path) -> None:
@@ -690,7 +692,7 @@ def test_chats_of_the_world_fit_the_short_context_of_a_smoke_run(stand_in: Path)
 
 
 def test_a_stand_in_without_groups_has_as_many_key_heads_as_heads(tmp_path: Path) -> None:
-    config = json.loads((build_smoke(tmp_path, grouped=False) / "config.json").read_text())
+    config = json.loads((build_smoke(tmp_path, kv_heads=4) / "config.json").read_text())
     assert config["num_key_value_heads"] == config["num_attention_heads"] == 4
 
 

@@ -1,4 +1,4 @@
-"""Distillation losses: one number worked out by hand each, what carries a gradient, masks, micro-batches, vocabularies."""
+"""Distillation losses: one number worked out by hand each, gradients, masks, micro-batches, vocabularies."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from methods.data import Part
-from methods.distill import check, cut
+from methods.distill import check, cut, run
 from methods.find import catalogue
-from methods.stage import AssayError, Parent, Terms
+from methods.gradient import Gradient
+from methods.stage import AssayError, Component, Parent
 from methods.terms import kl_divergence, total
 from tests.parity.cases import Table
+from tests.training import make_parent, make_stage, same, weights_of
 
 TEACHER = Parent("model.new-000000000000")
 METHODS = ("cross_entropy", "forward_kl", "squarehead")
@@ -125,7 +127,8 @@ def test_the_teacher_gets_no_gradient() -> None:
     total(
         module.loss(config_of("squarehead"), student, Table(logits, (states, states)), one_batch([[-100, 0]]))
     ).backward()
-    assert logits.grad is None and states.grad is None
+    assert logits.grad is None
+    assert states.grad is None
 
 
 def test_absent_entries_of_a_padded_vocabulary_add_nothing() -> None:
@@ -146,46 +149,43 @@ def test_a_fully_masked_batch_gives_zero_and_no_gradient() -> None:
         )
     )
     value.backward()
-    assert value == 0 and not logits.grad.any()
+    assert value == 0
+    assert not logits.grad.any()
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("micro_batches", [2, 4])
-def test_micro_batches_of_unequal_lengths_give_the_same_gradient(name: str, micro_batches: int) -> None:
+@pytest.mark.parametrize("micro_batch", [2, 1])
+def test_micro_batches_of_unequal_lengths_give_the_same_gradient(name: str, micro_batch: int) -> None:
     random = torch.Generator().manual_seed(0)
-    logits = torch.randn(24, 5, generator=random, dtype=torch.float64).requires_grad_()
-    states = torch.randn(3, 24, 4, generator=random, dtype=torch.float64).requires_grad_()
-    taught = torch.randn(3, 24, 4, generator=random, dtype=torch.float64)
-    teacher = Table(torch.randn(24, 5, generator=random, dtype=torch.float64), tuple(taught))
+
+    def table(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    model, teacher = TableModel(table(24, 5), table(3, 24, 4)), Table(table(24, 5), tuple(table(3, 24, 4)))
     labels = torch.randint(0, 5, (4, 6), generator=random)
     for row in range(4):
         labels[row, : 1 + row] = -100
-    whole = one_batch(labels.tolist()).train
 
-    def terms(part: Part) -> Terms:
-        student = Table(logits, tuple(states))
-        found: Terms = method(name).loss(config_of(name), student, teacher, SimpleNamespace(train=part))
-        return found
+    def gradients(size: int | None) -> list[Tensor]:
+        def loss(student: Any, batch: Any) -> Any:
+            return method(name).loss(config_of(name), student, teacher, batch)
 
-    full = terms(whole)
-    expected = torch.autograd.grad(total(full), (logits, states), allow_unused=True)
-    pieces = [terms(rows(whole, piece)) for piece in torch.arange(4).chunk(micro_batches)]
-    counts = {key: sum(piece[key].count for piece in pieces) for key in full}
-    loss = sum(term.weight * term.sum / counts[key] for piece in pieces for key, term in piece.items())
-    for actual, wanted in zip(
-        torch.autograd.grad(loss, (logits, states), allow_unused=True), expected, strict=True
-    ):
-        assert (actual is None) == (wanted is None)
-        assert actual is None or torch.allclose(actual, wanted, rtol=1e-12, atol=1e-15)
+        Gradient(model, loss, micro_batch=size)({"train": one_batch(labels.tolist()).train}, 0, 1)
+        return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+    for actual, expected in zip(gradients(micro_batch), gradients(None), strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-12, atol=1e-15)
 
 
-def rows(part: Part, wanted: Tensor) -> Part:
-    return replace(
-        part,
-        input_ids=part.input_ids[wanted],
-        attention_mask=part.attention_mask[wanted],
-        labels=part.labels[wanted],
-    )
+class TableModel(torch.nn.Module):
+    """A table whose rows are trained."""
+
+    def __init__(self, logits: Tensor, states: Tensor) -> None:
+        super().__init__()
+        self.logits, self.states = torch.nn.Parameter(logits), torch.nn.Parameter(states)
+
+    def forward(self, **inputs: Any) -> Any:
+        return Table(self.logits, tuple(self.states))(**inputs)
 
 
 # --- what is compared before any weight is loaded ---------------------------------------------------------
@@ -258,3 +258,38 @@ def test_hidden_states_of_another_shape_are_refused_only_where_they_are_used(tmp
     assert check(student, teacher) is None
     with pytest.raises(AssayError, match="teacher's num_hidden_layers is 2 and the student's 1"):
         check(student, teacher, hidden=True)
+
+
+# --- whole stages -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_stage_lowers_its_terms_and_leaves_the_teacher_alone(name: str, tmp_path: Path) -> None:
+    student = make_parent(tmp_path / "student", dropout=0.0)
+    teacher = trained(student, tmp_path / "teacher", "cross_entropy", steps=16)
+    before = weights_of(teacher)
+    parents = {} if name == "cross_entropy" else {"teacher": teacher}
+    trained(student, tmp_path, name, steps=8, **parents)
+    curve = terms_of(tmp_path / "result" / "curve.csv")
+    expected = {"cross_entropy": {"cross_entropy"}, "forward_kl": {"kl"}}
+    assert set(curve) == expected.get(name, {"cross_entropy", "kl", "squarehead.1", "squarehead.2"})
+    assert sum(values[-1] for values in curve.values()) < sum(values[0] for values in curve.values())
+    assert same(before, weights_of(teacher))
+
+
+def trained(student: Path, folder: Path, name: str, steps: int, **parents: Path) -> Path:
+    """Run a stage on a whole small set; the folder of its model."""
+    adamw = Component("adamw", {"learning_rate": 1e-2})
+    config = config_of(name, steps=steps, batch=12, data="first", optimizer=adamw, log_every=1)
+    run(make_stage(student, folder, config, **parents), method(name))
+    return folder / "result" / "model"
+
+
+def terms_of(path: Path) -> dict[str, list[float]]:
+    """The terms of the loss along a learning curve."""
+    found: dict[str, list[float]] = {}
+    for line in path.read_text().splitlines()[1:]:
+        _, term, value = line.split(",")
+        if term not in ("learning_rate", "gradient_norm"):
+            found.setdefault(term, []).append(float(value))
+    return found

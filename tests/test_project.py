@@ -40,14 +40,12 @@ EVERYTHING = [
 def tracked() -> list[Path]:
     """The files git tracks or would track; all of them where there is no git, build products left out."""
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],  # noqa: S607
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if listed.returncode == 0:
         return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
-    hidden = re.compile(
-        r"/(?:\.venv|\.git|\.snakemake|__pycache__|\.\w+_cache|[\w.]+\.egg-info)/|/results/(?!published)"
-    )
+    hidden = re.compile(r"/\.(?!ci/)[^/]+/|/__pycache__/|\.egg-info/|/results/(?!published)")
     return [
         path for path in ROOT.rglob("*") if path.is_file() and not hidden.search(f"/{path.relative_to(ROOT)}")
     ]

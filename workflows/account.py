@@ -49,9 +49,9 @@ class Account:
 
     def stop(self) -> dict[str, Any]:
         """The whole account; the meter stops."""
-        total: dict[str, Any] = self.meter.stop()
+        meter, self.meter = self.meter, None
+        total: dict[str, Any] = meter.stop()
         self.history = [*self.history, total]
-        self.meter = None
         return total
 
     def abandon(self) -> dict[str, Any]:

@@ -31,7 +31,9 @@ def differences(fresh: Path, published: Path, tolerance: float = TOLERANCE) -> p
 
     Columns: the key, ``published``, ``fresh``, ``relative`` (the relative difference) and ``problem``.
     """
-    both = _keyed(published).merge(_keyed(fresh), how="outer", on=[*KEYS, "copy"], suffixes=("_published", "_fresh"), indicator=True)
+    both = _keyed(published).merge(
+        _keyed(fresh), how="outer", on=[*KEYS, "copy"], suffixes=("_published", "_fresh"), indicator=True
+    )
     rows = [found for row in both.to_dict("records") if (found := _difference(row, tolerance))]
     return pd.DataFrame(rows, columns=[*KEYS, "published", "fresh", "relative", "problem"])
 
@@ -40,7 +42,9 @@ def sentence(found: pd.DataFrame, compared: int, tolerance: float) -> str:
     """What the comparison came to, in words."""
     if found.empty:
         return f"All {compared} rows agree within {tolerance:g} (cost and speed rows are not compared)."
-    return f"{len(found)} rows differ by more than {tolerance:g} or are on one side only ({compared} compared)."
+    return (
+        f"{len(found)} rows differ by more than {tolerance:g} or are on one side only ({compared} compared)."
+    )
 
 
 def compared_rows(path: Path) -> int:
@@ -61,7 +65,12 @@ def _difference(row: dict[str, Any], tolerance: float) -> dict[str, Any] | None:
     problem = _problem(row, relative, tolerance)
     if not problem:
         return None
-    return {key: row[key] for key in KEYS} | {"published": old, "fresh": new, "relative": relative, "problem": problem}
+    return {key: row[key] for key in KEYS} | {
+        "published": old,
+        "fresh": new,
+        "relative": relative,
+        "problem": problem,
+    }
 
 
 def _problem(row: dict[str, Any], relative: float, tolerance: float) -> str:

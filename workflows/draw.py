@@ -6,8 +6,10 @@ Uses matplotlib's objects directly and never its global state, so that drawing t
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 SIZE_INCHES = (7.0, 4.5)
 DOTS_PER_INCH = 200
 # Okabe and Ito's colours, ordered so that neighbours differ in lightness as well
-COLORS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#8C8C8C", "#009E73", "#CC79A7")
+COLORS = ("#0072B2", "#E69F00", "#4B1F6F", "#56B4E9", "#D55E00", "#8C8C8C", "#009E73", "#CC79A7")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 3)))
 SETTINGS: dict[str, Any] = {
@@ -28,8 +30,10 @@ SETTINGS: dict[str, Any] = {
     "lines.markersize": 5, "legend.frameon": False, "figure.facecolor": "white", "axes.facecolor": "white",
     "svg.hashsalt": "assay", "svg.fonttype": "path", "savefig.dpi": DOTS_PER_INCH, "axes.formatter.useoffset": False,
 }  # fmt: skip
-LABEL_DISTANCES = (7, 12, 18, 26, 36, 48, 62)
-LABEL_ANGLES = ((1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1), (0, 1), (0, -1))
+LABEL_DISTANCES = (3, 7, 13, 21, 31, 43, 57)
+LABEL_ANGLES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
+LINE_FROM_POINTS = 9
+CLEARANCE_POINTS = 4
 
 
 @contextmanager
@@ -39,16 +43,21 @@ def style() -> Iterator[None]:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(SETTINGS)
+        for key, value in SETTINGS.items():
+            matplotlib.rcParams[key] = value  # type: ignore[index]
         yield
 
 
-def new(columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """An empty figure of the standard size with some panels side by side."""
+def new(panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure of the standard size with some panels, at most three side by side."""
     from matplotlib.figure import Figure
 
+    across = panels if panels <= 3 else math.ceil(panels / 2)
     figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    every = figure.subplots(math.ceil(panels / across), across, squeeze=False).flatten()
+    for unused in every[panels:]:
+        unused.set_visible(False)
+    return figure, list(every[:panels])
 
 
 def look(place: int) -> dict[str, Any]:
@@ -77,60 +86,63 @@ def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) 
 # --- labels -----------------------------------------------------------------------------------------------
 
 
-def place_labels(figure: Figure, axes: Axes, texts: Mapping[tuple[float, float], str], taken: Sequence[Bbox] = ()) -> None:
+@dataclass(frozen=True)
+class Label:
+    """A text that belongs to a point: its place in data units, the radius of its marker in points."""
+
+    x: float
+    y: float
+    text: str
+    radius: float
+
+
+def place_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
     """Write a text beside every point where it covers neither another text nor a point nor leaves the panel.
 
     Candidates are tried in a fixed order, near ones first; a text that had to move away gets a thin line.
     """
     figure.draw_without_rendering()
-    renderer = figure._get_renderer()  # type: ignore[attr-defined]
-    frame = axes.get_window_extent(renderer)
-    occupied = [_around(axes, point, 5) for point in texts] + list(taken)
-    for point, text in sorted(texts.items(), key=lambda item: (-item[0][1], item[0][0])):
-        occupied.append(_place(axes, point, text, occupied, frame, renderer))
+    frame = axes.get_window_extent()
+    markers = [_square(axes, label, label.radius + CLEARANCE_POINTS) for label in labels]
+    texts: list[Bbox] = []
+    for place in sorted(range(len(labels)), key=lambda each: (-labels[each].y, labels[each].x)):
+        others = markers[:place] + markers[place + 1 :]
+        own = _square(axes, labels[place], labels[place].radius)
+        texts.append(_best(axes, labels[place], [*others, own, *texts], frame))
 
 
-def _place(axes: Axes, point: tuple[float, float], text: str, occupied: Sequence[Bbox], frame: Bbox, renderer: Any) -> Bbox:
-    best = None
-    for distance in LABEL_DISTANCES:
-        for across, up in LABEL_ANGLES:
-            label = _annotate(axes, point, text, across * distance, up * distance)
-            box = label.get_window_extent(renderer)
-            cost = _overlap(box, occupied) + 10 * _outside(box, frame)
-            if cost == 0:
-                if best is not None:
-                    best[1].remove()
-                return _finish(label, box, distance)
-            if best is None or cost < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (cost, label, box, distance)
-            else:
-                label.remove()
-    assert best is not None
-    return _finish(*best[1:])
+def _best(axes: Axes, label: Label, occupied: Sequence[Bbox], frame: Bbox) -> Bbox:
+    """Draw the label at the first free candidate, else at the one that covers least; returns its box."""
+    offsets = [(across * (label.radius + far), up * (label.radius + far), far)
+               for far in LABEL_DISTANCES for across, up in LABEL_ANGLES]  # fmt: skip
+    best, least = offsets[0], math.inf
+    for offset in offsets:
+        trial = _annotate(axes, label, offset, line=False)
+        box = trial.get_window_extent()
+        trial.remove()
+        cost = _overlap(box, occupied) + 10 * _outside(box, frame)
+        if cost < least:
+            best, least = offset, cost
+        if cost == 0:
+            break
+    return _annotate(axes, label, best, line=best[2] > LINE_FROM_POINTS).get_window_extent()
 
 
-def _annotate(axes: Axes, point: tuple[float, float], text: str, across: float, up: float) -> Any:
-    sides = {True: "left", False: "right"}
-    horizontal = "center" if across == 0 else sides[across > 0]
+def _annotate(axes: Axes, label: Label, offset: tuple[float, float, float], *, line: bool) -> Any:
+    across, up, _ = offset
+    horizontal = "center" if across == 0 else "left" if across > 0 else "right"
     vertical = "center" if up == 0 else "bottom" if up > 0 else "top"
-    label = axes.annotate(text, point, xytext=(across, up * 0.7), textcoords="offset points", fontsize=8, ha=horizontal,
-                          va=vertical, arrowprops={"arrowstyle": "-", "color": "#777777", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2})  # fmt: skip
-    label.arrow_patch.set_visible(False)
-    label.set_in_layout(False)
-    return label
+    arrow = {"arrowstyle": "-", "color": "#777777", "linewidth": 0.5, "shrinkA": 0, "shrinkB": label.radius}
+    drawn = axes.annotate(label.text, (label.x, label.y), xytext=(across, up), textcoords="offset points", fontsize=8,
+                          ha=horizontal, va=vertical, arrowprops=arrow if line else None)  # fmt: skip
+    drawn.set_in_layout(False)
+    return drawn
 
 
-def _finish(label: Any, box: Bbox, distance: float) -> Bbox:
-    label.arrow_patch.set_visible(distance > LABEL_DISTANCES[1])
-    return box
-
-
-def _around(axes: Axes, point: tuple[float, float], points: float) -> Bbox:
+def _square(axes: Axes, label: Label, points: float) -> Bbox:
     from matplotlib.transforms import Bbox
 
-    x, y = axes.transData.transform(point)
+    x, y = axes.transData.transform((label.x, label.y))
     half = points * DOTS_PER_INCH / 72
     return Bbox.from_extents(x - half, y - half, x + half, y + half)
 

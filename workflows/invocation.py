@@ -165,6 +165,7 @@ class Invocation:
             from workflows.resident import start
 
             self.resident = start(self.run, self.plan.experiment.threads, self.plan.experiment.country)
+            os.environ.update(self.resident.environment)
 
     def _describe_code(self) -> None:
         from workflows import machine

@@ -212,11 +212,8 @@ class Measured:
         rows = run.rows[run.rows["entry"] == column.entry]
         wanted = rows[(rows["metric"] == column.metric) & (rows["task"] == column.task)]
         there = wanted[(wanted["status"] == "ok") & wanted["value"].notna()]
-        lost = rows[
-            (rows["status"] != "ok")
-            & rows["metric"].isin(["", column.metric])
-            & rows["task"].isin(["", column.task])
-        ]
+        about = rows["metric"].isin(["", column.metric]) & rows["task"].isin(["", column.task])
+        lost = rows[(rows["status"] != "ok") & (about | rows["entry"].isin(COSTS))]
         samples: dict[str, Sample] = {}
         for row in there.to_dict("records"):
             stderr = None if math.isnan(row["stderr"]) else row["stderr"]
@@ -362,9 +359,9 @@ def _statuses(rows: pd.DataFrame) -> dict[str, int]:
 
 def _curve_cell(run: ChainRun, column: Column) -> Cell:
     """One sample for every distinct run that reaches the level; the others say that they do not."""
-    terms = set(run.curves["term"])
-    if not {column.metric, column.at} <= terms:
-        return Cell(statuses=_statuses(run.rows[run.rows["status"] != "ok"]))
+    if not {column.metric, column.at} <= set(run.curves["term"]):
+        scored = (run.rows["status"] == "ok").any()
+        return Cell() if scored else Cell(statuses=_statuses(run.rows))
     samples, unreached = [], 0
     for seed, model, rows in distinct_curves(run):
         value = curves.value_at_level(rows, column.metric, column.at, column.level)

@@ -20,7 +20,7 @@ from workflows.notation import Call, Name, Value, format_call, format_value
 # Options that `scale=smoke` sets wherever a method or evaluation has them.
 SMOKE: dict[str, Any] = {
     "steps": 2, "epochs": None, "batch": 4, "limit": 8, "sequences": 8, "generate": 4, "context_tokens": 64,
-    "probe_every": 1, "max_new_tokens": 8, "repeats": 1, "checkpoints": (), "warmup_steps": 0,
+    "stride_tokens": None, "probe_every": 1, "max_new_tokens": 8, "repeats": 1, "checkpoints": (), "warmup_steps": 0,
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def resolve(call: Call, found: Found, catalogue: Catalogue, refer: Refer, smoke:
     Raises:
         AssayError: an unknown or missing option, a wrong type or value, with the nearest valid word.
     """
-    builder = _Builder(catalogue, refer, smoke)
+    builder = _Builder(catalogue, refer, smoke and found.family != "model")
     config = builder.config(call, found)
     components = tuple({piece.name: piece for piece in builder.components}.values())
     label = format_call(call.name, label_options(call, found.load().Config))

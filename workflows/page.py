@@ -15,7 +15,7 @@ import pandas as pd
 from workflows import chance
 from workflows.figures import Drawn
 from workflows.measured import Measured
-from workflows.tables import Table, number
+from workflows.tables import Table
 from workflows.verdicts import MORE_SEEDS, NOT_RUN, Verdict
 
 if TYPE_CHECKING:
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 LARGEST_SVG_BYTES = 150_000
 """Above this a figure is shown as its PNG, so that the page stays small."""
 
+_HOW_JUDGED = (
+    f"Paired differences (subject − other) by seed over distinct results, with their t interval at {chance.LEVEL:.0%}: "
+    "decided only where the whole interval lies on one side of what is claimed. Item error: the standard error "
+    "that the evaluation's items alone give one difference. A pattern means the chains whose last stage completes "
+    "it; where the subject has siblings (same parent) among the others, it is compared with those."
+)
 _SYMBOLS = {"holds here": ("✓", "yes"), "reproduced": ("✓", "yes"), "does not hold here": ("✗", "no"),
             "not reproduced": ("✗", "no"), MORE_SEEDS: ("≈", "open"), NOT_RUN: ("–", "none")}  # fmt: skip
 
@@ -35,17 +41,13 @@ def page(report: Report) -> str:
     title = title_of(report.measured)
     body = [f"<h1>{escape(title)}</h1>", _summary(report), _navigation(report), _verdicts(report)]
     body += ["<h2 id='figures'>Figures</h2>", *map(_figure, report.figures)] if report.figures else []
-    body += ["<h2 id='tables'>Tables</h2>", *(_table(table) for table in report.tables)] if report.tables else []
+    body += (
+        ["<h2 id='tables'>Tables</h2>", *(_table(table) for table in report.tables)] if report.tables else []
+    )
     body += [_chains(report.measured), _lost(report.measured), _not_drawn(report.not_drawn)]
     body += [f"<footer>{escape(report.origin)}</footer>"]
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'><title>{escape(title)}</title>"
-    style, script = (_part(name) for name in ("page.css", "page.js"))
-    return f"<!doctype html>\n<html lang='en'><head>{head}<style>{style}</style></head>\n<body>" + \
-           "\n".join(filter(None, body)) + f"\n<script>{script}</script></body></html>\n"  # fmt: skip
-
-
-def _part(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    return template.replace("$title", escape(title), 1).replace("$body", "\n".join(filter(None, body)), 1)
 
 
 # --- summary ----------------------------------------------------------------------------------------------
@@ -55,10 +57,18 @@ def _summary(report: Report) -> str:
     measured = report.measured
     seeds = sorted({seed for seed in measured.results["seed"] if seed}, key=int)
     ok = int((measured.results["status"] == "ok").sum())
-    facts = [f"{len(measured.chains)} chains", f"seeds {', '.join(seeds)}" if seeds else "no seeds", f"{ok} numbers"]
+    facts = [
+        f"{len(measured.chains)} chains",
+        f"seeds {', '.join(seeds)}" if seeds else "no seeds",
+        f"{ok} numbers",
+    ]
     facts += [_energy(measured.jobs)] if len(measured.jobs) else []
     smoke = any(each.get("scale") == "smoke" for each in measured.experiments.values())
-    warning = "<p class='warning'>Smoke scale: this shows that every job works; the numbers mean nothing.</p>" if smoke else ""
+    warning = (
+        "<p class='warning'>Smoke scale: this shows that every job works; the numbers mean nothing.</p>"
+        if smoke
+        else ""
+    )
     return f"<p class='summary'>{escape(' · '.join(facts))}</p><p class='origin'>{escape(report.origin)}</p>{warning}"
 
 
@@ -68,13 +78,26 @@ def _energy(jobs: pd.DataFrame) -> str:
     total = pd.to_numeric(own["energy_kwh"], errors="coerce").sum()
     how = sorted({word for word in own["energy_source"] if word})
     said = f" {' and '.join(how)}" if how else ""
-    return f"{len(own)} jobs, {total:.3g} kWh{said}" if total >= 0.1 else f"{len(own)} jobs, {1000 * total:.3g} Wh{said}"
+    return (
+        f"{len(own)} jobs, {total:.3g} kWh{said}"
+        if total >= 0.1
+        else f"{len(own)} jobs, {1000 * total:.3g} Wh{said}"
+    )
 
 
 def _navigation(report: Report) -> str:
-    places = [("verdicts", "Verdicts", True), ("figures", "Figures", bool(report.figures)), ("tables", "Tables", bool(report.tables)),
-              ("chains", "Chains", True), ("lost", "What failed", _lost(report.measured) != "")]  # fmt: skip
-    return "<nav>" + " ".join(f"<a href='#{place}'>{word}</a>" for place, word, there in places if there) + "</nav>"
+    places = [
+        ("verdicts", "Verdicts", True),
+        ("figures", "Figures", bool(report.figures)),
+        ("tables", "Tables", bool(report.tables)),
+        ("chains", "Chains", True),
+        ("lost", "What failed", _lost(report.measured) != ""),
+    ]
+    return (
+        "<nav>"
+        + " ".join(f"<a href='#{place}'>{word}</a>" for place, word, there in places if there)
+        + "</nav>"
+    )
 
 
 # --- verdicts ---------------------------------------------------------------------------------------------
@@ -83,25 +106,53 @@ def _navigation(report: Report) -> str:
 def _verdicts(report: Report) -> str:
     counts = Counter(row.verdict for row in report.verdicts)
     pills = " ".join(f"{_pill(word)} × {count}" for word, count in counts.items())
-    intro = (f"<p>{pills}</p><p class='note'>Paired differences (subject − other) by seed over distinct results, with their t interval at "
-             f"{chance.LEVEL:.0%}. Decided only where the whole interval lies on one side. Item error: the standard error that the "
-             "evaluation’s items alone give one difference. Where the subject has siblings, it is compared with those.</p>")  # fmt: skip
+    intro = f"<p>{pills}</p><p class='note'>{escape(_HOW_JUDGED)}</p>"
     if not report.verdicts:
         return "<h2 id='verdicts'>Verdicts</h2><p>No method used here states a claim.</p>"
     several = len(report.measured.experiments) > 1
-    headers = ["verdict", "claim", "subject", "other", "metric", "n", "difference", f"{chance.LEVEL:.0%} interval", "item error", "condition"]
+    headers = [
+        "verdict",
+        "claim",
+        "subject",
+        "other",
+        "metric",
+        "n",
+        "difference",
+        f"{chance.LEVEL:.0%} interval",
+        "item error",
+        "condition",
+    ]
     headers += ["folder"] if several else []
-    return "<h2 id='verdicts'>Verdicts</h2>" + intro + _grid(headers, [_verdict(row, several) for row in report.verdicts], "verdicts")
+    return (
+        "<h2 id='verdicts'>Verdicts</h2>"
+        + intro
+        + _grid(headers, [_verdict(row, several) for row in report.verdicts], "verdicts")
+    )
 
 
 def _verdict(row: Verdict, several: bool) -> list[str]:
     difference = "" if math.isnan(row.mean_difference) else _signed(row.mean_difference)
     between = "" if math.isnan(row.low) else f"[{_signed(row.low)}, {_signed(row.high)}]"
     error = "" if math.isnan(row.item_stderr) else f"{row.item_stderr:.2g}"
-    claim = f"{escape(row.claim)}<small>{escape(row.method)} · {escape(row.scope)} · {escape(row.source)}</small>"
-    cells = [_cell(_pill(row.verdict)), _cell(claim, kind="claim"), *(_cell(_name(text)) for text in (row.subject, row.other, row.metric))]
-    cells += [_cell(str(row.n), row.n), _cell(difference, row.mean_difference), _cell(between, row.low), _cell(error, row.item_stderr)]
-    return [*cells, _cell(escape(row.condition), kind="condition"), *([_cell(escape(row.folder))] if several else [])]
+    claim = (
+        f"{escape(row.claim)}<small>{escape(row.method)} · {escape(row.scope)} · {escape(row.source)}</small>"
+    )
+    cells = [
+        _cell(_pill(row.verdict)),
+        _cell(claim, kind="claim"),
+        *(_cell(_name(text)) for text in (row.subject, row.other, row.metric)),
+    ]
+    cells += [
+        _cell(str(row.n), row.n),
+        _cell(difference, row.mean_difference),
+        _cell(between, row.low),
+        _cell(error, row.item_stderr),
+    ]
+    return [
+        *cells,
+        _cell(escape(row.condition), kind="condition"),
+        *([_cell(escape(row.folder))] if several else []),
+    ]
 
 
 def _signed(value: float) -> str:
@@ -128,7 +179,9 @@ def _figure(figure: Drawn) -> str:
     kind, content = ("svg+xml", figure.svg) if len(figure.svg) <= LARGEST_SVG_BYTES else ("png", figure.png)
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     words = f"<b>{escape(figure.title or figure.name)}.</b> {escape(figure.caption)}"
-    return f"<figure><img alt='{escape(figure.name)}' src='{source}'><figcaption>{words}</figcaption></figure>"
+    return (
+        f"<figure><img alt='{escape(figure.name)}' src='{source}'><figcaption>{words}</figcaption></figure>"
+    )
 
 
 def _table(table: Table) -> str:
@@ -138,15 +191,14 @@ def _table(table: Table) -> str:
     notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in table.notes)
     files = " ".join(f"<a href='tables/{table.name}.{kind}'>{kind}</a>" for kind in ("md", "csv", "tex"))
     heading = f"<h3>{escape(table.title or table.name)} <small>{files}</small></h3>"
-    return heading + _grid([_name_header(text) for text in table.headers], rows, "numbers") + notes
-
-
-def _name_header(text: str) -> str:
-    return text
+    return heading + _grid(table.headers, rows, "numbers") + notes
 
 
 def _chains(measured: Measured) -> str:
-    rows = [[_cell(_name(measured.shown_name(run))), _cell(f"<code>{escape(run.label)}</code>", kind="claim")] for run in measured.chains]
+    rows = [
+        [_cell(_name(measured.shown_name(run))), _cell(f"<code>{escape(run.label)}</code>", kind="claim")]
+        for run in measured.chains
+    ]
     return "<h2 id='chains'>Chains</h2>" + _grid(["chain", "label (defaults left out)"], rows, "chains")
 
 
@@ -155,8 +207,10 @@ def _lost(measured: Measured) -> str:
     jobs = measured.jobs[~measured.jobs["status"].isin(["ok", ""])].drop_duplicates("id")
     if jobs.empty:
         return ""
-    rows = [[_cell(escape(job["status"])), _cell(f"<code>{escape(job['id'])}</code>"), _cell(escape(job["label"]), kind="claim")]
-            for job in jobs.to_dict("records")]  # fmt: skip
+    rows = [
+        [_cell(escape(job["status"])), _cell(_name(job["id"])), _cell(_name(job["label"]), kind="claim")]
+        for job in jobs.to_dict("records")
+    ]
     return "<h2 id='lost'>What failed or is missing</h2>" + _grid(["status", "job", "label"], rows, "lost")
 
 
@@ -182,6 +236,3 @@ def _grid(headers: Sequence[str], rows: Iterable[Sequence[str]], kind: str) -> s
 
 def _breakable(text: str) -> str:
     return escape(text).replace("_", "_<wbr>").replace(".", ".<wbr>")
-
-
-

@@ -52,7 +52,9 @@ def build(folders: Sequence[Path]) -> Report:
     table_specs = _specs(measured, "tables") or tables.default_specs(measured)
     figure_specs = _specs(measured, "figures") or figures.default_specs(measured)
     drawn_tables = _each(table_specs, lambda name, spec: tables.table(measured, name, spec), not_drawn)
-    drawn_figures = _each(figure_specs, lambda name, spec: figures.figure(measured, name, spec, origin), not_drawn)
+    drawn_figures = _each(
+        figure_specs, lambda name, spec: figures.figure(measured, name, spec, origin), not_drawn
+    )
     return Report(measured, origin, verdicts.verdicts(measured), drawn_tables, drawn_figures, not_drawn)
 
 
@@ -75,28 +77,49 @@ def write(drawn: Report, out: Path) -> None:
 def index(drawn: Report) -> str:
     """README.md of a result folder: what is in it, and the tables as they came out."""
     counts = Counter(row.verdict for row in drawn.verdicts)
-    lines = [f"# {title_of(drawn.measured)}", "", "[report.html](report.html) shows all of this on one page.", ""]
-    lines += ["Verdicts ([reproduction.csv](reproduction.csv)): " + (", ".join(f"{n} {word}" for word, n in counts.items()) or "no claims") + ".", ""]
+    lines = [
+        f"# {title_of(drawn.measured)}",
+        "",
+        "[report.html](report.html) shows all of this on one page.",
+        "",
+    ]
+    lines += [
+        "Verdicts ([reproduction.csv](reproduction.csv)): "
+        + (", ".join(f"{n} {word}" for word, n in counts.items()) or "no claims")
+        + ".",
+        "",
+    ]
     for table in drawn.tables:
         files = ", ".join(f"[{kind}](tables/{table.name}.{kind})" for kind in ("md", "csv", "tex"))
         lines += [f"## Table `{table.name}` ({files})", "", typeset.markdown(table, drawn.origin)]
     for figure in drawn.figures:
-        lines += [f"## Figure `{figure.name}` ([png](figures/{figure.name}.png), [svg](figures/{figure.name}.svg))", ""]
+        lines += [
+            f"## Figure `{figure.name}` ([png](figures/{figure.name}.png), [svg](figures/{figure.name}.svg))",
+            "",
+        ]
         lines += [f"![{figure.name}](figures/{figure.name}.png)", "", figure.caption, "", drawn.origin, ""]
-    lines += ["## Not drawn", "", *(f"- {sentence}" for sentence in drawn.not_drawn), ""] if drawn.not_drawn else []
+    lines += (
+        ["## Not drawn", "", *(f"- {sentence}" for sentence in drawn.not_drawn), ""]
+        if drawn.not_drawn
+        else []
+    )
     return "\n".join(lines)
 
 
 def title_of(measured: Measured) -> str:
     """The experiment's title, or all titles."""
-    return " · ".join(str(each.get("title") or each.get("name") or name) for name, each in measured.experiments.items())
+    return " · ".join(
+        str(each.get("title") or each.get("name") or name) for name, each in measured.experiments.items()
+    )
 
 
 def origin_of(measured: Measured) -> str:
     """The command and commit that made the numbers, for beneath every table and figure."""
     parts = []
     for name, experiment in measured.experiments.items():
-        commit = str(experiment.get("commit") or "unknown")[:12] + (" with local changes" if experiment.get("dirty") else "")
+        commit = str(experiment.get("commit") or "unknown")[:12] + (
+            " with local changes" if experiment.get("dirty") else ""
+        )
         smoke = "; smoke scale, the numbers mean nothing" if experiment.get("scale") == "smoke" else ""
         prefix = f"{name}: " if len(measured.experiments) > 1 else ""
         parts.append(f"{prefix}{experiment.get('command') or 'command unknown'} at commit {commit}{smoke}")
@@ -113,7 +136,9 @@ def _specs(measured: Measured, section: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _each(specs: Mapping[str, dict[str, Any]], make: Callable[[str, dict[str, Any]], T], not_drawn: list[str]) -> list[T]:
+def _each(
+    specs: Mapping[str, dict[str, Any]], make: Callable[[str, dict[str, Any]], T], not_drawn: list[str]
+) -> list[T]:
     drawn = []
     for name, spec in specs.items():
         try:
@@ -147,7 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(asked: argparse.Namespace) -> int:
     if len(asked.folders) > 1 and (asked.out is None or asked.against is not None):
-        raise AssayError("Several folders need --out, the folder their common report goes to, and take no --against.")
+        raise AssayError(
+            "Several folders need --out, the folder their common report goes to, and take no --against."
+        )
     out = asked.out or asked.folders[0]
     drawn = build(asked.folders)
     write(drawn, out)
@@ -166,11 +193,22 @@ def _compare(fresh: Path, published: Path, tolerance: float) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m workflows.report", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders with results.csv and experiment.json")
+    parser = argparse.ArgumentParser(
+        prog="python -m workflows.report", description=str(__doc__).partition("\n")[0]
+    )
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="folders with results.csv and experiment.json"
+    )
     parser.add_argument("--out", type=Path, help="where the report goes (default: the folder itself)")
-    parser.add_argument("--against", type=Path, metavar="PUBLISHED", help="a folder or results.csv to compare the rows with")
-    parser.add_argument("--tolerance", type=float, default=against.TOLERANCE, help="largest relative difference (default 1e-6)")
+    parser.add_argument(
+        "--against", type=Path, metavar="PUBLISHED", help="a folder or results.csv to compare the rows with"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=against.TOLERANCE,
+        help="largest relative difference (default 1e-6)",
+    )
     return parser
 
 

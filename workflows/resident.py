@@ -31,7 +31,8 @@ from typing import Any, NoReturn
 
 ENVIRONMENT = "ASSAY_RESIDENT"
 JOB = "workflows.job:main"
-# what jobs are slow to import; the job's own module comes with the function that is called
+# What jobs are slow to import. Our own modules may be among them: a job compares the code it was planned with to
+# the files themselves, so an edited file stops it with a sentence instead of running what was imported.
 PRELOADED = (
     "torch",
     "transformers",
@@ -39,9 +40,16 @@ PRELOADED = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "accelerate",
+    "datasets",
+    "lm_eval.evaluator",
     "lm_eval.models.huggingface",
+    "peft",
+    "rouge_score.rouge_scorer",
     "codecarbon",
-    "pydantic",
+    "workflows.runner",
+    "methods.checkpoint",
+    "methods.data",
+    "methods.loop",
 )
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
            "NUMEXPR_NUM_THREADS")  # fmt: skip
@@ -52,6 +60,7 @@ IMPORTED_UNDER = {
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking for cards must not start CUDA, which survives no fork
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow would start a thread, which survives none either
 }
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE_SECONDS = 10.0

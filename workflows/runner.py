@@ -36,6 +36,7 @@ from workflows.record import (
     read_record,
     write_atomic,
 )
+from workflows.resident import thread_settings
 
 SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY")
 
@@ -43,7 +44,7 @@ SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY"
 def run(job_id: str, results: Path, receipt: Path | None) -> None:
     """Run a job (a leader score: its whole batch) unless its record is there, and leave the receipt."""
     store = Store(results)
-    prepare_environment()
+    prepare_environment(read_job(store.job(job_id)).threads)
     ids = _batch(job_id, receipt)
     failures = []
     models = None
@@ -76,8 +77,9 @@ def _batch(job_id: str, receipt: Path | None) -> list[str]:
     return batch
 
 
-def prepare_environment() -> None:
-    """Hub access off, secrets dropped: everything after ``prepare`` works from local files."""
+def prepare_environment(threads: int) -> None:
+    """Threads as the experiment says, hub access off, secrets dropped; set before anything heavy is imported."""
+    os.environ.update(thread_settings(threads))
     for name in list(os.environ):
         if any(word in name.upper() for word in SECRET_WORDS):
             del os.environ[name]
@@ -338,17 +340,19 @@ def _sync_folder(folder: Path) -> None:
 
 
 class _Tee:
-    """Writes to the terminal (or Snakemake's pipe) and to the job's log."""
+    """Writes to the terminal (or Snakemake's pipe) and, while it is open, to the job's log."""
 
     def __init__(self, stream: TextIO, log: TextIO) -> None:
         self.stream, self.log = stream, log
 
     def write(self, text: str) -> int:
-        self.log.write(text)
+        if not self.log.closed:
+            self.log.write(text)
         return self.stream.write(text)
 
     def flush(self) -> None:
-        self.log.flush()
+        if not self.log.closed:
+            self.log.flush()
         self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:

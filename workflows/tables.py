@@ -57,8 +57,13 @@ def table(measured: Measured, name: str, spec: Mapping[str, Any]) -> Table:
     grid = [cells[run.key] for run in runs]
     names, marks = _names(measured, runs, spec.get("rows", "chain")), _marks(measured, runs, grid)
     shown = [_shown(column, [row[place] for row in grid]) for place, column in enumerate(columns)]
-    rows = tuple((Text(names[place] + marks[place][0]), *(each[place] for each in shown)) for place in range(len(runs)))
-    headers = (spec.get("rows", "chain"), *(_header(c, [row[i] for row in grid]) for i, c in enumerate(columns)))
+    rows = tuple(
+        (Text(names[place] + marks[place][0]), *(each[place] for each in shown)) for place in range(len(runs))
+    )
+    headers = (
+        spec.get("rows", "chain"),
+        *(_header(c, [row[i] for row in grid]) for i, c in enumerate(columns)),
+    )
     about = [_explanation(rows), *notes, *dict.fromkeys(note for _, each in marks for note in each)]
     return Table(name, spec.get("title", ""), headers, rows, tuple(about), _numbers(names, columns, grid))
 
@@ -81,7 +86,9 @@ def _check(name: str, spec: Mapping[str, Any]) -> None:
     if unknown:
         raise AssayError(f"tables.{name}: there is no key {unknown[0]!r}; a table has {', '.join(KEYS)}.")
     if not spec.get("columns"):
-        raise AssayError(f"tables.{name}: columns names what is shown, e.g. [forget10.model_utility, energy.chain_kwh].")
+        raise AssayError(
+            f"tables.{name}: columns names what is shown, e.g. [forget10.model_utility, energy.chain_kwh]."
+        )
     if spec.get("rows", "chain") not in ROWS:
         raise AssayError(f"tables.{name}: rows is one of {', '.join(ROWS)}.")
 
@@ -109,7 +116,9 @@ def _names(measured: Measured, runs: Sequence[ChainRun], by: str) -> list[str]:
 # --- marks ------------------------------------------------------------------------------------------------
 
 
-def _marks(measured: Measured, runs: Sequence[ChainRun], grid: Sequence[Sequence[Cell]]) -> list[tuple[str, list[str]]]:
+def _marks(
+    measured: Measured, runs: Sequence[ChainRun], grid: Sequence[Sequence[Cell]]
+) -> list[tuple[str, list[str]]]:
     """For every row its marks and what they mean: updates lost in saving, results of older code."""
     return [_mark(measured.jobs, run, cells) for run, cells in zip(runs, grid, strict=True)]
 
@@ -121,7 +130,12 @@ def _mark(jobs: pd.DataFrame, run: ChainRun, cells: Sequence[Cell]) -> tuple[str
     lost = pd.to_numeric(own["update_lost_in_saving"], errors="coerce").max()
     marks, notes = "", []
     if lost > LOST_SHARE:
-        marks, notes = " †", [f"† {run.name}: saving lost {lost:.0%} of a stage's update (its weights are stored too coarsely)."]
+        marks, notes = (
+            " †",
+            [
+                f"† {run.name}: saving lost {lost:.0%} of a stage's update (its weights are stored too coarsely)."
+            ],
+        )
     if own["stale"].str.lower().isin(["true", "1"]).any():
         marks, notes = marks + " ‡", [*notes, "‡ made by older code of the same recipe (keep_stale=true)."]
     return marks, notes
@@ -145,7 +159,10 @@ def _shown(column: Column, cells: Sequence[Cell]) -> list[Text]:
 
 
 def _text(cell: Cell, factor: float, decimals: int, bold: bool, mixed: bool) -> Text:
-    lost = ", ".join(status if count == 1 and not cell.samples else f"{count} {status}" for status, count in cell.statuses.items())
+    lost = ", ".join(
+        status if count == 1 and not cell.samples else f"{count} {status}"
+        for status, count in cell.statuses.items()
+    )
     if not cell.samples:
         only = next(iter(cell.statuses)) if len(cell.statuses) == 1 else lost
         return Text(only or NOTHING)
@@ -173,7 +190,11 @@ def _decimals(largest: float) -> int:
 def scale(column: Column, cells: Sequence[Cell]) -> float:
     """1,000 where energies are so small that watt-hours read better than kWh."""
     largest = max((abs(cell.mean) for cell in cells if cell.samples), default=0.0)
-    return 1000.0 if column.entry == "energy" and column.metric.endswith("_kwh") and largest < WATT_HOURS_BELOW_KWH else 1.0
+    return (
+        1000.0
+        if column.entry == "energy" and column.metric.endswith("_kwh") and largest < WATT_HOURS_BELOW_KWH
+        else 1.0
+    )
 
 
 def unit(column: Column, cells: Sequence[Cell]) -> str:

@@ -9,7 +9,10 @@ from workflows.tables import Table
 
 def markdown(drawn: Table, origin: str) -> str:
     """The table with its notes, and what made it beneath."""
-    lines = ["| " + " | ".join(map(_plain, drawn.headers)) + " |", "|---" + "|---:" * (len(drawn.headers) - 1) + "|"]
+    lines = [
+        "| " + " | ".join(map(_plain, drawn.headers)) + " |",
+        "|---" + "|---:" * (len(drawn.headers) - 1) + "|",
+    ]
     for row in drawn.rows:
         cells = [f"**{_plain(cell.text)}**" if cell.bold else _plain(cell.text) for cell in row]
         lines.append("| " + " | ".join(cells) + " |")
@@ -18,7 +21,13 @@ def markdown(drawn: Table, origin: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("_", "\\_").replace("*", "\\*").replace("<", "&lt;")
+    return (
+        text.replace("\\", "\\\\")
+        .replace("|", "\\|")
+        .replace("_", "\\_")
+        .replace("*", "\\*")
+        .replace("<", "&lt;")
+    )
 
 
 _LATEX = {
@@ -35,7 +44,10 @@ def latex(drawn: Table, origin: str) -> str:
     lines = [f"% {origin}", rf"\begin{{tabular}}{{l{'r' * (wide - 1)}}}", r"\toprule"]
     lines += [_latex_row(drawn.headers), r"\midrule"]
     for row in drawn.rows:
-        lines.append(" & ".join(rf"\textbf{{{escape_latex(c.text)}}}" if c.bold else escape_latex(c.text) for c in row) + r" \\")
+        lines.append(
+            " & ".join(rf"\textbf{{{escape_latex(c.text)}}}" if c.bold else escape_latex(c.text) for c in row)
+            + r" \\"
+        )
     lines += [r"\bottomrule", r"\end{tabular}", ""]
     lines += [rf"\par\smallskip{{\footnotesize {escape_latex(note)}\par}}" for note in drawn.notes]
     return "\n".join(lines) + "\n"

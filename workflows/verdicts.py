@@ -97,11 +97,6 @@ def parent_label(label: str) -> str:
     return label[:cut].rstrip()
 
 
-def last_stage(label: str) -> str:
-    """The last stage as the label writes it, options at their defaults left out."""
-    return label[len(parent_label(label)) :].lstrip(" >")
-
-
 def matching(pattern: str, runs: Sequence[ChainRun]) -> list[ChainRun]:
     """The chains a pattern means: one of that name, else a family, else those its last stage makes match."""
     for name in ("name", "group"):
@@ -129,8 +124,9 @@ def _of_claim(
     measured: Measured, folder: str, experiment: Mapping[str, Any], claim: dict[str, Any]
 ) -> list[Verdict]:
     runs = [run for run in measured.chains if run.source == folder]
-    blank = Verdict(claim["method"], claim["sentence"], claim["source"], claim["scope"], claim["subject"],
-                    _other_text(claim), claim["metric"], 0, math.nan, math.nan, math.nan, math.nan, NOT_RUN, "", folder)  # fmt: skip
+    stated = (claim["method"], claim["sentence"], claim["source"], claim["scope"])
+    about = (claim["subject"], _other_text(claim), claim["metric"])
+    blank = Verdict(*stated, *about, 0, math.nan, math.nan, math.nan, math.nan, NOT_RUN, "", folder)
     reason = _not_comparable(experiment, claim)
     if reason:
         return [replace(blank, condition=reason)]
@@ -260,9 +256,26 @@ def _no_partner(claim: Mapping[str, Any]) -> str:
 
 
 def _setting(subject: ChainRun, other: ChainRun | None) -> str:
-    if other is None or subject.label == other.label:
-        return last_stage(subject.label)
-    return f"{last_stage(subject.label)} against {last_stage(other.label)}"
+    """The options in which the last stages differ, where they are of one family: ``gamma 10.0 / 1.0``."""
+    if other is None or subject.family != other.family:
+        return ""
+    own, theirs = dict(_flat(subject.options)), dict(_flat(other.options))
+    differing = [key for key in own if key in theirs and own[key] != theirs[key]]
+    return ", ".join(f"{key} {own[key]} / {theirs[key]}" for key in differing)
+
+
+def _flat(options: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Options of options as ``optimizer.learning_rate``."""
+    for key, value in options.items():
+        inner = value.get("options") if isinstance(value, dict) and "$component" in value else None
+        if inner is None:
+            yield (
+                prefix + key,
+                value["$result"] if isinstance(value, dict) and "$result" in value else f"{value}",
+            )
+        else:
+            yield prefix + key, str(value["$component"])
+            yield from _flat(inner, f"{prefix}{key}.")
 
 
 def _seeds(pairs: Sequence[tuple[Sample, Sample | None]], own: Cell, theirs: Cell | None) -> str:

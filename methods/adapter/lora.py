@@ -31,7 +31,7 @@ class Config:
     # rank of the update
     rank: Annotated[int, Gt(0)] = 16
     # the update is scaled by alpha / rank
-    alpha: Annotated[float, Gt(0)] = 32.0
+    alpha: Annotated[int, Gt(0)] = 32
     # share of the adapter's inputs set to 0 in training
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     # last parts of the names of the layers to adapt; empty: every linear layer but the output

@@ -125,14 +125,14 @@ def check(student: Path, teacher: Path, hidden: bool = False) -> int | None:
 
 def different_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
     """A sentence with the sizes and the first token on which two tokenizers disagree."""
-    place = {
-        **{index: token for token, index in theirs.items()},
-        **{index: token for token, index in ours.items()},
-    }
-    first = min(index for token, index in {**theirs, **ours}.items() if ours.get(token) != theirs.get(token))
+    either = {**theirs, **ours}
+    first, token = min(
+        (index, token) for token, index in either.items() if ours.get(token) != theirs.get(token)
+    )
     return (
         f"the teacher's tokenizer has {len(theirs)} tokens and the student's {len(ours)}; "
-        f"they first differ at id {first} ({place[first]!r}). A loss on logits needs one vocabulary: take a teacher of the same model family."
+        f"they first differ at id {first} ({token!r}). "
+        f"A loss on logits needs one vocabulary: take a teacher of the same model family."
     )
 
 

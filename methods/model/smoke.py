@@ -13,9 +13,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from methods.stage import Claim, Stage
+from annotated_types import Gt
+
+from methods.stage import AssayError, Claim, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -25,7 +27,6 @@ USES = ("methods.data", "methods.world")
 CLAIMS: tuple[Claim, ...] = ()
 
 HIDDEN = 32
-HEADS = 4
 LAYERS = 2
 VOCABULARY = 512
 CONTEXT_TOKENS = 2048
@@ -64,12 +65,21 @@ class Config:
     kind: Literal["llama"] = "llama"
     # Whether the output layer shares the embedding's weights, as in the original.
     tied: bool = True
-    # Whether the original groups its query heads: two key-value heads instead of four.
-    grouped: bool = True
+    # Attention heads; the width of 32 must be an even multiple of them.
+    heads: Annotated[int, Gt(0)] = 4
+    # Key and value heads, a divisor of heads: fewer than heads is grouped-query attention.
+    kv_heads: Annotated[int, Gt(0)] = 2
     # Whether it has a chat template (an "instruct" model).
     chat: bool = True
     # The hub name it stands for: two names get different weights.
     stands_for: str = ""
+
+    def __post_init__(self) -> None:
+        if HIDDEN % (2 * self.heads) or self.heads % self.kv_heads:
+            raise AssayError(
+                f"heads={self.heads} and kv_heads={self.kv_heads} do not fit: take heads from 1, 2, 4, 8, 16 and a "
+                "divisor of it for kv_heads."
+            )
 
 
 def build(config: Config, stage: Stage) -> None:
@@ -122,8 +132,8 @@ def _model(config: Config, tokenizer: Any) -> PreTrainedModel:
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
         num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS // 2 if config.grouped else HEADS,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
         max_position_embeddings=CONTEXT_TOKENS,
         tie_word_embeddings=config.tied,
         bos_token_id=tokenizer.bos_token_id,

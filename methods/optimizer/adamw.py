@@ -5,8 +5,8 @@ Loshchilov and Hutter, "Decoupled Weight Decay Regularization". With g the gradi
     m = beta1 m + (1 - beta1) g,    v = beta2 v + (1 - beta2) g^2
     w = w - rate * decay * w - rate * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon)
 
-Paper and PyTorch agree, except that the paper's decay is not multiplied by the learning rate but by the schedule's factor.
-The fused kernel is used: one pass over the weights instead of a dozen.
+Paper and PyTorch agree, except that the paper's decay is multiplied by the schedule's factor and not by the learning
+rate. The fused kernel is used: one pass over the weights instead of a dozen.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Ouyang et al., "Training language models to follow instructions with human feedb
 Maini et al., "TOFU", section 3 (AdamW, learning rate 1e-5, weight decay 0.01, batch 32, 5 epochs). Over the answer
 tokens of the batch, M in all:    L = 1/M sum_t -log p(y_t | x, y_<t).
 
-TOFU's code warms up over the first epoch; here the schedule says so where it is wanted. On rows of plain text every token
-counts.
+TOFU's code warms up over the first epoch; here the schedule says so where it is wanted. On rows of plain text
+every token counts.
 """
 
 from __future__ import annotations

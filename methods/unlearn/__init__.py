@@ -134,4 +134,6 @@ def asks(method: ModuleType, config: Unlearning) -> bool:
 
 def probe_of(config: Unlearning, text: str) -> str:
     """``forget`` and ``retain`` alone mean the method's own sets; ``name=data set`` means itself."""
-    return f"{text}={getattr(config, text)}" if text in ("forget", "retain") and hasattr(config, text) else text
+    return (
+        f"{text}={getattr(config, text)}" if text in ("forget", "retain") and hasattr(config, text) else text
+    )

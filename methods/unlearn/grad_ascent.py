@@ -15,7 +15,7 @@ from typing import Any
 
 from methods.stage import Claim, Terms
 from methods.terms import answer_nll, forward
-from methods.unlearn import Unlearning, UnlearnBatch
+from methods.unlearn import UnlearnBatch, Unlearning
 
 SEEDED = True
 USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms")

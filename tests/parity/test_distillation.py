@@ -1,7 +1,8 @@
 """Distillation losses against the authors' code: value and gradients.
 
 Run with ``pytest tests/parity/test_distillation.py``. ``cases.json`` names each case's arrays, options, origin,
-precision and tolerance. Official float32 cases with an own float64 evaluation beside them (``*_f64``) are compared in both.
+precision and tolerance. Official float32 cases with an own float64 evaluation beside them (``*_f64``) are
+compared in both.
 """
 
 from __future__ import annotations

@@ -66,13 +66,9 @@ def compare(
     leaves = {
         part: leaf(stored[f"in|{part}_logits"], dtype) for part in ("forget", "retain") if has(stored, part)
     }
-    terms = module.loss(
-        module.Config(**options),
-        Table(flat(leaves.values())),
-        batch(stored, leaves),
-        reference(stored, dtype),
-    )
-    value = total(terms)
+    config, model = module.Config(**options), Table(flat(leaves.values()))
+    terms = module.loss(config, model, batch(stored, leaves), reference(stored, dtype))
+    value = total(terms, module.outer(config) if hasattr(module, "outer") else None)
     value.backward()
     agree(value, stored[f"out|{name}|loss"], **tolerance, what=f"loss in {dtype}")
     for part, logits in leaves.items():
@@ -118,9 +114,8 @@ def recipe(about: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
     if title == "NPO":
         return "unlearn.npo", weights | {"beta": float(about["beta"])}
     if title == "WGA":  # SatImp without its importance factor
-        return "unlearn.satimp", {"gamma": 1.0, "alpha": 0.0, "beta2": 0.0} | weights | {
-            "beta1": float(about["beta"])
-        }
+        options = {"gamma": 1.0, "alpha": 0.0, "beta1": float(about["beta"]), "beta2": 0.0}
+        return "unlearn.satimp", options | weights
     satimp = satimp_options(title, about, weights)
     if satimp is not None:
         return "unlearn.satimp", satimp
@@ -135,10 +130,8 @@ def satimp_options(title: str, about: dict[str, Any], weights: dict[str, Any]) -
     ignores its exponent.
     """
     if title == "SatImp":
-        first, second = (
-            about.get("beta1", about.get("hyper_param_beta1")),
-            about.get("beta2", about.get("beta_param_beta2")),
-        )
+        first = about.get("beta1", about.get("hyper_param_beta1"))
+        second = about.get("beta2", about.get("beta_param_beta2"))
         return {"gamma": 1.0, "alpha": 0.0} | weights | {"beta1": float(first), "beta2": float(second)}
     if title.startswith("SatImp_GD"):
         exponents = {"beta1": float(about["beta1"]), "beta2": float(about["beta2"])}

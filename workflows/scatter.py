@@ -1,0 +1,216 @@
+"""Scatter figures: one quantity against another, the Pareto front, and a third as marker area or colour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from methods.stage import AssayError
+from workflows import draw
+from workflows.axes import Spec, finish, quantity, quantity_label, sd_or_zero
+from workflows.draw import Label
+from workflows.measured import Cell, ChainRun, Column, Measured
+from workflows.tables import badness, scale, unit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GROUPS = ("family", "method", "chain", "base", "source")
+PLAIN_AREA, SMALLEST_AREA, LARGEST_AREA = 45.0, 16.0, 170.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One chain in a scatter."""
+
+    name: str
+    group: str
+    x: Cell
+    y: Cell
+    size: Cell
+    tint: Cell
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """What is plotted, and the factors that bring small energies to watt-hours."""
+
+    points: list[Point]
+    x: Column
+    y: Column
+    size: Column | None
+    tint: Column | None
+
+    def factor(self, side: str) -> float:
+        return scale(getattr(self, side), self.cells(side))
+
+    def cells(self, side: str) -> list[Cell]:
+        return [getattr(point, side) for point in self.points]
+
+    def means(self, side: str, points: Sequence[Point] | None = None) -> list[float]:
+        chosen = self.points if points is None else points
+        return [getattr(point, side).mean * self.factor(side) for point in chosen]
+
+
+def scatter(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -> tuple[Figure, str]:
+    """Draw ``y`` over ``x``; ``size`` is a quantity, ``color`` a grouping or a quantity."""
+    plot = _collected(measured, runs, spec, name)
+    image, (axes,) = draw.new()
+    finish(axes, spec, quantity_label(plot.x, plot.cells("x")), quantity_label(plot.y, plot.cells("y")))
+    areas = _areas(plot)
+    handles = _dots(image, axes, plot, areas)
+    best = front(plot) if spec.get("front", True) else []
+    handles += _front_line(axes, plot, best) + _sizes(plot)
+    draw.legend_below(image, handles, [handle.get_label() for handle in handles])
+    axes.margins(0.12)
+    places = zip(plot.means("x"), plot.means("y"), plot.points, areas, strict=True)
+    draw.place_labels(
+        image, axes, [Label(x, y, point.name, math.sqrt(area) / 2) for x, y, point, area in places]
+    )
+    return image, _caption(plot, best)
+
+
+def _collected(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -> Scatter:
+    color = spec.get("color", "family")
+    if "." not in color and color not in GROUPS:
+        raise AssayError(
+            f"figures.{name}: color is one of {', '.join(GROUPS)}, or a quantity such as energy.chain_kwh."
+        )
+    x, y, size, tint = (
+        quantity(measured, name, reference) if reference and "." in reference else None
+        for reference in (spec["x"], spec["y"], spec.get("size"), color)
+    )
+    if x is None or y is None:
+        raise AssayError(f"figures.{name}: x and y are quantities such as forget10.model_utility.")
+    sides = (x, y, size, tint)
+    points = [
+        Point(measured.shown_name(run), _group(run, color),
+              *(measured.cell(run, column) if column else Cell() for column in sides)) for run in runs
+    ]  # fmt: skip
+    points = [point for point in points if point.x.samples and point.y.samples]
+    if not points:
+        raise AssayError(f"figures.{name}: no chain has both {x.name} and {y.name}.")
+    return Scatter(points, x, y, size, tint)
+
+
+def _group(run: ChainRun, by: str) -> str:
+    words = {"chain": run.group, "source": run.source, "method": run.method, "base": run.base}
+    return words.get(by, run.family) or "model"
+
+
+def _dots(image: Figure, axes: Axes, plot: Scatter, areas: Sequence[float]) -> list[Any]:
+    """Means with the sd over distinct results as bars; marker (and colour) say the group. Returns the legend."""
+    handles = []
+    shades = _shades(image, axes, plot)
+    for place, group in enumerate(dict.fromkeys(point.group for point in plot.points)):
+        look = draw.look(place)
+        own = [index for index, point in enumerate(plot.points) if point.group == group]
+        points = [plot.points[index] for index in own]
+        fill: Any = [shades[index] for index in own] if shades else look["color"]
+        axes.scatter(plot.means("x", points), plot.means("y", points), s=[areas[index] for index in own], c=fill,
+                     marker=look["marker"], edgecolor="black", linewidth=0.6, alpha=0.85, zorder=3)  # fmt: skip
+        bars = [[sd_or_zero(getattr(point, side)) * plot.factor(side) for point in points] for side in "xy"]
+        axes.errorbar(plot.means("x", points), plot.means("y", points), xerr=bars[0], yerr=bars[1], fmt="none",
+                      ecolor="#222222", elinewidth=0.8, capsize=2, zorder=4)  # fmt: skip
+        handles.append(_handle(group, look["marker"], "white" if shades else look["color"]))
+    return handles
+
+
+def _handle(label: str, marker: str, color: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    edge = {"markeredgecolor": "black", "markeredgewidth": 0.6, "markersize": 6.5}
+    return Line2D([], [], linestyle="", marker=marker, color=color, label=label, **edge)
+
+
+def _shades(image: Figure, axes: Axes, plot: Scatter) -> list[Any]:
+    """A colour for every point where colour is a quantity, with its bar; else none."""
+    if plot.tint is None:
+        return []
+    import numpy
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    values = plot.means("tint")
+    known = [value for value in values if not math.isnan(value)]
+    mapping = ScalarMappable(
+        Normalize(min(known, default=0.0), max(known, default=1.0)), colormaps["cividis"]
+    )
+    image.colorbar(mapping, ax=axes, label=quantity_label(plot.tint, plot.cells("tint")))
+    return [mapping.to_rgba(numpy.asarray(value)) for value in values]
+
+
+def _areas(plot: Scatter) -> list[float]:
+    """Marker areas in proportion to ``size``, within what can still be seen and told apart."""
+    largest = max((cell.mean for cell in plot.cells("size") if cell.samples), default=0.0)
+    if plot.size is None or largest <= 0:
+        return [PLAIN_AREA] * len(plot.points)
+    shares = [cell.mean / largest if cell.samples else 0.0 for cell in plot.cells("size")]
+    return [max(SMALLEST_AREA, LARGEST_AREA * share) for share in shares]
+
+
+def _sizes(plot: Scatter) -> list[Any]:
+    """Legend entries for marker areas: the largest and a third of it."""
+    from matplotlib.lines import Line2D
+
+    largest = max((cell.mean for cell in plot.cells("size") if cell.samples), default=0.0)
+    if plot.size is None or largest <= 0:
+        return []
+    look = {
+        "linestyle": "",
+        "marker": "o",
+        "color": "white",
+        "markeredgecolor": "black",
+        "markeredgewidth": 0.8,
+    }
+    said, top = unit(plot.size, plot.cells("size")), largest * plot.factor("size")
+    return [
+        Line2D(
+            [],
+            [],
+            markersize=math.sqrt(LARGEST_AREA * share),
+            label=f"{top * share:.2g} {said}".strip(),
+            **look,
+        )
+        for share in (1 / 3, 1.0)
+    ]
+
+
+def front(plot: Scatter) -> list[Point]:
+    """The points that no other point beats in both directions, by their means; none without directions."""
+    if not (plot.x.better and plot.y.better):
+        return []
+    cost = {id(p): (badness(p.x.mean, plot.x.better), badness(p.y.mean, plot.y.better)) for p in plot.points}
+    best = [
+        p for p in plot.points if not any(_dominates(cost[id(other)], cost[id(p)]) for other in plot.points)
+    ]
+    return sorted(best, key=lambda point: cost[id(point)])
+
+
+def _dominates(first: tuple[float, float], second: tuple[float, float]) -> bool:
+    return first != second and first[0] <= second[0] and first[1] <= second[1]
+
+
+def _front_line(axes: Axes, plot: Scatter, best: Sequence[Point]) -> list[Any]:
+    if len(best) < 2:
+        return []
+    look = {"color": "#444444", "linestyle": "--", "linewidth": 1.0, "zorder": 1, "label": "Pareto front"}
+    return list(axes.plot(plot.means("x", best), plot.means("y", best), **look))
+
+
+def _caption(plot: Scatter, best: Sequence[Point]) -> str:
+    parts = ["Means; bars: ± sd over distinct results."]
+    parts += [f"Marker area: {plot.size.name}."] if plot.size else []
+    parts += [f"Colour: {plot.tint.name}."] if plot.tint else []
+    return " ".join(
+        parts
+        + (
+            ["Dashed: chains that no other beats in both directions, by their means."]
+            if len(best) > 1
+            else []
+        )
+    )
