@@ -52,12 +52,21 @@ def evaluate(scoring: Scoring) -> list[Row]:
     rows = scoring.data.rows(config.data)[: config.limit]
     examples = encode(rows, tokenizer, Style.read(scoring.parents["model"]), config.context_tokens)
     model, reference = scoring.model(), scoring.reference("reference")
+    _check_vocabularies(model.config.vocab_size, reference.config.vocab_size)
     pairs: list[tuple[float, int]] = []
     for chosen in batches([len(example.input_ids) for example in examples], config.batch):
         pairs += _divergences(model, reference, [examples[i] for i in chosen], padding_id(tokenizer))
     estimate = _statistics.ratio(*zip(*pairs, strict=True))
     task = config.data if config.limit is None else f"{config.data} limit={config.limit}"
     return [Row(task, "kl", estimate.value, estimate.stderr, estimate.n, "nats/token", "lower")]
+
+
+def _check_vocabularies(model: int, reference: int) -> None:
+    if model != reference:
+        raise AssayError(
+            f"retain_kl compares distributions over one vocabulary, but the reference has {reference} entries and the "
+            f"model {model}; take a reference with the same tokenizer."
+        )
 
 
 def _divergences(
@@ -69,10 +78,5 @@ def _divergences(
 
     part = collate(examples, padding, "retain").to(model.device)
     before, after = terms.frozen(reference, part).logits, terms.frozen(model, part).logits
-    if before.shape != after.shape:
-        raise AssayError(
-            f"retain_kl compares distributions over one vocabulary, but the reference has {before.shape[-1]} "
-            f"entries and the model {after.shape[-1]}; take a reference with the same tokenizer."
-        )
     each = terms.kl_divergence(before.double(), after.double()).masked_fill(~part.mask, 0.0).sum(-1)
     return list(zip(each.tolist(), part.mask.sum(-1).tolist(), strict=True))

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 REVISION = 1
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LINE_SECONDS = 10.0
+# Between two states that take long to write (tens of gigabytes) lies this many times the time it takes.
+SAVING_SHARE = 20
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Progress:
         self.extra_state = extra_state
         self.stopping = False
         self._last_save = time.monotonic()
+        self._save_cost = 0.0
         self._every = _forced_interval()
         self._previous: dict[int, Any] = {}
 
@@ -105,6 +108,7 @@ class Progress:
         Raises:
             Interrupted: a stop signal had come; the state is safe.
         """
+        start = time.monotonic()
         self.scratch.mkdir(parents=True, exist_ok=True)
         old = self._states()
         number = int(old[-1].name.partition("-")[2]) + 1 if old else 0
@@ -123,6 +127,7 @@ class Progress:
         for folder in old:
             shutil.rmtree(folder)
         self._last_save = time.monotonic()
+        self._save_cost = self._last_save - start
         self.stop_if_asked(step)
 
     def stop_if_asked(self, step: int) -> None:
@@ -136,7 +141,8 @@ class Progress:
         """Whether to save now: a signal came, ``save_seconds`` have passed, or the test variable says so."""
         self.watch()
         forced = self._every > 0 and step % self._every == 0
-        return self.stopping or forced or time.monotonic() - self._last_save > self.save_seconds
+        patience = max(self.save_seconds, SAVING_SHARE * self._save_cost)
+        return self.stopping or forced or time.monotonic() - self._last_save > patience
 
     def random(self, step: int) -> torch.Generator:
         """A CPU generator made from (seed, step): a resumed run draws what an undisturbed one draws."""

@@ -253,7 +253,7 @@ def test_a_weight_that_is_not_finite_is_not_written(made: Path, tmp_path: Path) 
     model = load_model(made)
     with torch.no_grad():
         model.model.norm.weight[3] = float("inf")
-    with pytest.raises(NotFinite, match="the weight model.norm.weight is not finite"):
+    with pytest.raises(NotFinite, match=r"the weight model\.norm\.weight is not finite"):
         save_model(model, tmp_path / "saved", made)
     assert not (tmp_path / "saved").exists()
 

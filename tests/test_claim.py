@@ -52,7 +52,14 @@ def write(results: Path, seconds_ago: float = 0.0, **changes: Any) -> Path:
     """A claim as another host would have left it."""
     path = results / "claims" / f"{JOB}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    identity = {**claim._identity(), "host": "elsewhere", "boot": "b", "pid": 1, "process_start": "1", **changes}
+    identity = {
+        **claim._identity(),
+        "host": "elsewhere",
+        "boot": "b",
+        "pid": 1,
+        "process_start": "1",
+        **changes,
+    }
     path.write_text(json.dumps(identity))
     os.utime(path, (time.time() - seconds_ago, time.time() - seconds_ago))
     return path
@@ -206,7 +213,9 @@ def test_under_a_scheduler_a_held_claim_is_a_sentence_at_once(
     monkeypatch.setenv("SLURM_JOB_ID", "812")
     write(tmp_path, scheduler_job="811", user="ada")
     begun = time.monotonic()
-    with pytest.raises(AssayError, match=r"worked on by process 1 of ada on elsewhere \(since .*Slurm job 811\)"):
+    with pytest.raises(
+        AssayError, match=r"worked on by process 1 of ada on elsewhere \(since .*Slurm job 811\)"
+    ):
         Claim(tmp_path, JOB).acquire()
     assert time.monotonic() - begun < 5
 

@@ -303,7 +303,9 @@ def test_a_failure_between_two_readings_is_raised_in_the_job(monkeypatch: pytest
 # --- alone or shared -----------------------------------------------------------------------------------------
 
 
-def test_meters_that_overlap_are_both_shared_and_later_ones_are_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meters_that_overlap_are_both_shared_and_later_ones_are_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fake(monkeypatch)
     long, short, later = Meter("FRA"), Meter("FRA"), Meter("FRA")
     long.start()

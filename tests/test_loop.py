@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -409,11 +409,21 @@ def test_the_reference_of_an_adapter_is_the_start(parent: Path, tmp_path: Path) 
     assert seen == [True] * 6
 
 
-def test_the_reference_of_a_trained_model_stays_as_it_was(parent: Path, tmp_path: Path) -> None:
-    stage = make_stage(parent, tmp_path, QUICK)
-    model = loop.prepare(stage, QUICK)
-    reference = loop.reference_of(stage, model, QUICK)
-    loop.train(stage, model, QUICK, batches_of(parent), lambda model, batch: sft.loss(QUICK, model, batch))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_reference_of_a_trained_model_stays_as_it_was(
+    parent: Path, tmp_path: Path, precision: Any
+) -> None:
+    settings = replace(QUICK, precision=precision)
+    stage = make_stage(parent, tmp_path, settings)
+    model = loop.prepare(stage, settings)
+    reference = loop.reference_of(stage, model, settings)
+    inputs = torch.arange(12).view(2, 6)
+    before = reference(input_ids=inputs).logits
+    loop.train(
+        stage, model, settings, batches_of(parent), lambda model, batch: sft.loss(settings, model, batch)
+    )
+    assert torch.equal(reference(input_ids=inputs).logits, before)
+    assert not torch.equal(model.eval()(input_ids=inputs).logits, before)
     assert same(dict(reference.named_parameters()), dict(load_model(parent).named_parameters()))
     assert not reference.training
     assert not any(weight.requires_grad for weight in reference.parameters())
@@ -456,8 +466,8 @@ class Killed(Exception):
 
 
 @pytest.fixture
-def save_every(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    yield lambda steps: monkeypatch.setenv("ASSAY_SAVE_EVERY_STEPS", str(steps))
+def save_every(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    return lambda steps: monkeypatch.setenv("ASSAY_SAVE_EVERY_STEPS", str(steps))
 
 
 def train_until(parent: Path, folder: Path, settings: sft.Config, act: Callable[[int], None]) -> Stage:
@@ -652,13 +662,9 @@ def test_two_processes_train_the_same_model_as_one(tmp_path: Path) -> None:
         "PYTHONPATH": str(root),
         "ASSAY_SAVE_EVERY_STEPS": "3",
     }
+    arguments = [*command, str(parent), str(tmp_path / "two")]
     done = subprocess.run(
-        [*command, str(parent), str(tmp_path / "two")],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        arguments, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one = finetune(parent, tmp_path / "one")
@@ -679,10 +685,10 @@ def test_two_processes_train_the_same_model_as_one(tmp_path: Path) -> None:
 def test_reading_the_options_loads_neither_torch_nor_transformers() -> None:
     code = "import sys; from methods.find import catalogue as c; c().method('train.sft').load(); "
     code += "[c().component(*n).load() for n in (('adapter','lora'),('optimizer','adamw'),('schedule','linear'))]; "
-    code += "import methods.checkpoint; print([m for m in ('torch', 'transformers', 'accelerate', 'peft') if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
-    )
+    code += "import methods.checkpoint; heavy = ('torch', 'transformers', 'accelerate', 'peft'); "
+    code += "print([name for name in heavy if name in sys.modules])"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
     assert done.stdout.strip() == "[]", done.stderr
 
 

@@ -126,6 +126,16 @@ def test_saving_is_due_after_a_while_or_every_so_many_steps(
         Progress(tmp_path, 0)
 
 
+def test_states_that_take_long_to_write_are_written_less_often(
+    progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 6.0, 100.0, 127.0])  # six seconds of writing
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    progress.save(1, {}, {})
+    assert not progress.due(2)
+    assert progress.due(3)
+
+
 def test_a_signal_waits_for_the_next_save(progress: Progress) -> None:
     before = signal.getsignal(signal.SIGTERM)
     progress.load()

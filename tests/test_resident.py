@@ -21,7 +21,7 @@ import os, sys
 from workflows.resident import run_in_resident
 sys.exit(run_in_resident(sys.argv[1:], os.getcwd(), dict(os.environ)))
 """
-JOBS = '''
+JOBS = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def train():
     import hashlib
     print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest(),
           torch.get_num_threads())
-'''
+"""
 
 
 @pytest.fixture
@@ -138,7 +138,9 @@ def gone(*pids: str | int) -> bool:
 # --- a job is a process of its own -----------------------------------------------------------------------
 
 
-def test_arguments_folder_environment_and_streams_are_those_of_the_client(running: Handle, folder: Path) -> None:
+def test_arguments_folder_environment_and_streams_are_those_of_the_client(
+    running: Handle, folder: Path
+) -> None:
     assert run(running, "told", said="hello", COLOUR="grün") == (
         0, f"['told'] {os.getcwd()} grün None 1\n", "hello\n",
     )  # fmt: skip
@@ -155,7 +157,9 @@ def test_arguments_folder_environment_and_streams_are_those_of_the_client(runnin
         (("die", "15"), 143, ""),
     ],
 )
-def test_exit_codes_and_messages_pass_through(running: Handle, argv: tuple[str, ...], code: int, said: str) -> None:
+def test_exit_codes_and_messages_pass_through(
+    running: Handle, argv: tuple[str, ...], code: int, said: str
+) -> None:
     ended, _, err = run(running, *argv)
     assert ended == code
     assert said in err
@@ -191,7 +195,9 @@ def test_a_forked_job_computes_the_same_bits_as_a_fresh_process(folder: Path) ->
     assert fresh.stdout.endswith(" 1\n")
 
 
-def test_the_resident_process_has_one_thread_and_no_card_in_use_once_everything_is_imported(folder: Path) -> None:
+def test_the_resident_process_has_one_thread_and_no_card_in_use_once_everything_is_imported(
+    folder: Path,
+) -> None:
     (folder / "resident_jobs.py").write_text("""
 import gc, os, sys
 def main(argv):
@@ -285,7 +291,9 @@ time.sleep(60)
     Path(path).parent.rmdir()
 
 
-def test_a_job_dies_with_a_killed_resident_process_and_its_client_says_so(running: Handle, folder: Path) -> None:
+def test_a_job_dies_with_a_killed_resident_process_and_its_client_says_so(
+    running: Handle, folder: Path
+) -> None:
     process = client(running, "sleep", str(folder / "pids"))
     pids = wait_for(folder / "pids", 2)
     running.process.kill()

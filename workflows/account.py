@@ -1,17 +1,21 @@
 """The energy account of one job over all its attempts.
 
-``scratch/<id>/account.json`` holds what was spent so far. It is renewed at every saved state, so that an attempt
-that was killed has still paid for the work its successor builds on.
+``scratch/<id>/account.json`` holds what was spent so far. It is renewed at every saved state and every ten seconds,
+so that an attempt that was killed has still paid for the work its successor builds on.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from workflows.record import write_atomic
+
+
+NOTE_SECONDS = 10.0
 
 
 class Account:
@@ -37,9 +41,14 @@ class Account:
 
         carried = self.history[-1] if self.history else None
         visible = os.environ.get("ASSAY_CARDS", "")
-        self.meter = Meter(self.country, tuple(filter(None, visible.split(","))), carried)
-        self.meter.start()
+        self.meter = Meter(self.country, tuple(filter(None, visible.split(","))), carried, each=self._note)
         self._write(self.history)
+        self.meter.start()
+
+    def _note(self, running: dict[str, Any]) -> None:
+        """Every ten seconds the running total is written, so that a kill loses little of what was spent."""
+        if time.monotonic() - self._written > NOTE_SECONDS:
+            self._write([*self.history, running])
 
     def save(self) -> dict[str, Any]:
         """Write the running total; called with every saved state."""
@@ -63,4 +72,5 @@ class Account:
         return total
 
     def _write(self, history: list[dict[str, Any]]) -> None:
+        self._written = time.monotonic()
         write_atomic(self.path, json.dumps({"attempts": self.attempts, "history": history}))

@@ -319,7 +319,8 @@ def _write_parquet(folder: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """``python -m workflows.collect EXPERIMENT [key=value …]``: write the tables and draw the report."""
-    from workflows import plan, report
+    from workflows import plan
+    from workflows.report import report
     from workflows.settings import from_arguments
 
     try:
@@ -329,7 +330,7 @@ def main(arguments: list[str]) -> int:
     except AssayError as error:
         print(f"assay: {error}", file=sys.stderr)
         return 2
-    report.report(folder)
+    report(folder)
     print(f"report: {folder / 'report.html'}")
     return 0
 

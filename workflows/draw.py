@@ -6,6 +6,7 @@ Uses matplotlib's objects directly and never its global state, so that drawing t
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ SETTINGS: dict[str, Any] = {
 LABEL_DISTANCES = (3, 7, 13, 21, 31, 43, 57)
 LABEL_ANGLES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
 LINE_FROM_POINTS = 9
+LINE_BOX_PIXELS = 8
 CLEARANCE_POINTS = 4
 
 
@@ -79,7 +81,7 @@ def files(figure: Figure, description: str) -> dict[str, bytes]:
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
     """One legend under all panels, in as many columns as its longest text allows."""
     if labels:
-        columns = max(1, min(4, len(labels), 96 // (max(map(len, labels)) + 8)))
+        columns = max(1, min(4, len(labels), 108 // (max(map(len, labels)) + 7)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.2)
 
 
@@ -88,27 +90,56 @@ def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) 
 
 @dataclass(frozen=True)
 class Label:
-    """A text that belongs to a point: its place in data units, the radius of its marker in points."""
+    """A text that belongs to a point: its place and error bars in data units, its marker's radius in points."""
 
     x: float
     y: float
     text: str
     radius: float
+    x_error: float = 0.0
+    y_error: float = 0.0
 
 
-def place_labels(figure: Figure, axes: Axes, labels: Sequence[Label]) -> None:
-    """Write a text beside every point where it covers neither another text nor a point nor leaves the panel.
+def place_labels(
+    figure: Figure, axes: Axes, labels: Sequence[Label], line: Sequence[tuple[float, float]] = ()
+) -> None:
+    """Write a text beside every point where it covers no other text, point, error bar or ``line``.
 
     Candidates are tried in a fixed order, near ones first; a text that had to move away gets a thin line.
     """
     figure.draw_without_rendering()
     frame = axes.get_window_extent()
     markers = [_square(axes, label, label.radius + CLEARANCE_POINTS) for label in labels]
-    texts: list[Bbox] = []
+    drawn = [*(box for label in labels for box in _bars(axes, label)), *_dots_along(axes, line)]
     for place in sorted(range(len(labels)), key=lambda each: (-labels[each].y, labels[each].x)):
         others = markers[:place] + markers[place + 1 :]
         own = _square(axes, labels[place], labels[place].radius)
-        texts.append(_best(axes, labels[place], [*others, own, *texts], frame))
+        drawn.append(_best(axes, labels[place], [*others, own, *drawn], frame))
+
+
+def _bars(axes: Axes, label: Label) -> list[Bbox]:
+    """The room that a label's two error bars take, in pixels."""
+    from matplotlib.transforms import Bbox
+
+    ends = [
+        ((label.x - label.x_error, label.y), (label.x + label.x_error, label.y)),
+        ((label.x, label.y - label.y_error), (label.x, label.y + label.y_error)),
+    ]
+    boxes = [Bbox(axes.transData.transform(pair)) for pair in ends]
+    return [box.padded(DOTS_PER_INCH / 72 * 2) for box in boxes]
+
+
+def _dots_along(axes: Axes, line: Sequence[tuple[float, float]]) -> list[Bbox]:
+    """Small boxes along a line through points in data units, close enough that no text fits between."""
+    from matplotlib.transforms import Bbox
+
+    boxes, pixels = [], [tuple(axes.transData.transform(point)) for point in line]
+    for (x, y), (next_x, next_y) in itertools.pairwise(pixels):
+        count = max(1, math.ceil(math.hypot(next_x - x, next_y - y) / LINE_BOX_PIXELS))
+        for part in range(count + 1):
+            across, up = x + (next_x - x) * part / count, y + (next_y - y) * part / count
+            boxes.append(Bbox.from_extents(across - 2, up - 2, across + 2, up + 2))
+    return boxes
 
 
 def _best(axes: Axes, label: Label, occupied: Sequence[Bbox], frame: Bbox) -> Bbox:

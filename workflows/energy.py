@@ -294,7 +294,9 @@ class Meter:
         zero = self._zero_cards()
         if zero or (self.gpu_ids and self._latest.total.gpu_energy <= 0):
             named = ", ".join(zero or self.gpu_ids)
-            raise AssayError(f"the job leased {named}, but the energy counter did not move: nothing was metered.")
+            raise AssayError(
+                f"the job leased {named}, but the energy counter did not move: nothing was metered."
+            )
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

@@ -153,15 +153,12 @@ def _read(path: Path) -> tuple[dict[str, Any], Lines]:
 
 def _refuse_anchors(path: Path, text: str) -> None:
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise AssayError(
-                f"{path}, line {event.start_mark.line + 1}: anchors and aliases are not used here; write it out."
-            )
+            raise AssayError(f"{path}, line {line}: anchors and aliases are not used here; write it out.")
         tag = getattr(event, "tag", None)
         if tag is not None and tag != "!":
-            raise AssayError(
-                f"{path}, line {event.start_mark.line + 1}: tags such as {tag} are not used here."
-            )
+            raise AssayError(f"{path}, line {line}: tags such as {tag} are not used here.")
 
 
 def _broken(path: Path, error: Exception) -> str:
@@ -177,7 +174,7 @@ def _build(path: Path, node: yaml.Node, place: tuple[Any, ...], lines: Lines) ->
         return _mapping(path, node, place, lines)
     if isinstance(node, yaml.SequenceNode):
         return [_build(path, item, (*place, index), lines) for index, item in enumerate(node.value)]
-    return yaml.SafeLoader("").construct_object(node)  # type: ignore[no-untyped-call]
+    return yaml.SafeLoader("").construct_object(node)
 
 
 def _mapping(path: Path, node: yaml.MappingNode, place: tuple[Any, ...], lines: Lines) -> dict[str, Any]:

@@ -161,6 +161,7 @@ class Invocation:
         write_atomic(folder / "batches.json", json.dumps(batches))
         write_atomic(folder / "models.json", json.dumps(self._hub_models))
         self._describe_code()
+        os.environ["PYTHONHASHSEED"] = "0"
         if self.settings.resident and self._targets and not os.environ.get("SLURM_JOB_ID"):
             from workflows.resident import start
 

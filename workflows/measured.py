@@ -214,6 +214,8 @@ class Measured:
         there = wanted[(wanted["status"] == "ok") & wanted["value"].notna()]
         about = rows["metric"].isin(["", column.metric]) & rows["task"].isin(["", column.task])
         lost = rows[(rows["status"] != "ok") & (about | rows["entry"].isin(COSTS))]
+        if rows.empty and not (run.rows["status"] == "ok").any():
+            lost = run.rows
         samples: dict[str, Sample] = {}
         for row in there.to_dict("records"):
             stderr = None if math.isnan(row["stderr"]) else row["stderr"]

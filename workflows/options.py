@@ -72,7 +72,11 @@ def label_options(call: Call, config_class: type) -> tuple[tuple[str, Value], ..
     given = dict(call.options)
     kept = []
     for option in fields_of(config_class):
-        if option.name in given and not option.how and not _equals_default(given[option.name], option.default):
+        if (
+            option.name in given
+            and not option.how
+            and not _equals_default(given[option.name], option.default)
+        ):
             kept.append((option.name, given[option.name]))
     return tuple(kept)
 
@@ -205,8 +209,9 @@ class _Builder:
         found = self.catalogue.component(option.kind, call.name)
         self.components.append(found)
         config = self.config(call, found)
+        config_class: type = found.load().Config
         return Component(
-            call.name, {item.name: getattr(config, item.name) for item in fields_of(type(config))}
+            call.name, {item.name: getattr(config, item.name) for item in fields_of(config_class)}
         )
 
     def check(self, method: str, option: OptionField, config_class: type, value: Any) -> Any:
@@ -271,7 +276,8 @@ def decode(value: Any) -> Any:
 
 def encode_config(config: Any, how: bool) -> dict[str, Any]:
     """All options of a config, or (``how=False``) only those that say what is computed."""
-    chosen = (option for option in fields_of(type(config)) if how or not option.how)
+    config_class: type = type(config)
+    chosen = (option for option in fields_of(config_class) if how or not option.how)
     return {option.name: encode(getattr(config, option.name)) for option in chosen}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -15,7 +16,7 @@ import pandas as pd
 from workflows import chance
 from workflows.figures import Drawn
 from workflows.measured import Measured
-from workflows.tables import Table
+from workflows.tables import Table, Text
 from workflows.verdicts import MORE_SEEDS, NOT_RUN, Verdict
 
 if TYPE_CHECKING:
@@ -40,10 +41,7 @@ def page(report: Report) -> str:
 
     title = title_of(report.measured)
     body = [f"<h1>{escape(title)}</h1>", _summary(report), _navigation(report), _verdicts(report)]
-    body += ["<h2 id='figures'>Figures</h2>", *map(_figure, report.figures)] if report.figures else []
-    body += (
-        ["<h2 id='tables'>Tables</h2>", *(_table(table) for table in report.tables)] if report.tables else []
-    )
+    body += [_figures(report), _tables(report)]
     body += [_chains(report.measured), _lost(report.measured), _not_drawn(report.not_drawn)]
     body += [f"<footer>{escape(report.origin)}</footer>"]
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
@@ -140,7 +138,7 @@ def _verdict(row: Verdict, several: bool) -> list[str]:
     cells = [
         _cell(_pill(row.verdict)),
         _cell(claim, kind="claim"),
-        *(_cell(_name(text)) for text in (row.subject, row.other, row.metric)),
+        *(_cell(_name(text), kind="name") for text in (row.subject, row.other, row.metric)),
     ]
     cells += [
         _cell(str(row.n), row.n),
@@ -165,33 +163,45 @@ def _pill(word: str) -> str:
 
 
 def _name(text: str) -> str:
-    """A name that may break after dots, underscores and brackets."""
-    broken = escape(text)
-    for character in ("_", ".", "[", "@", "="):
-        broken = broken.replace(character, f"{character}<wbr>")
+    """A name that may break after brackets, @, underscores and dots, but not within a number."""
+    broken = re.sub(r"(_|\[|@|\.(?!\d))", r"\1<wbr>", escape(text))
     return f"<code>{broken}</code>" if text else ""
 
 
 # --- figures, tables, chains ------------------------------------------------------------------------------
 
 
-def _figure(figure: Drawn) -> str:
-    kind, content = ("svg+xml", figure.svg) if len(figure.svg) <= LARGEST_SVG_BYTES else ("png", figure.png)
+def _figures(report: Report) -> str:
+    inner = "".join(_figure(figure, report.origin) for figure in report.figures)
+    return f"<h2 id='figures'>Figures</h2><div class='figures'>{inner}</div>" if inner else ""
+
+
+def _figure(figure: Drawn, origin: str) -> str:
+    small = len(figure.svg) <= LARGEST_SVG_BYTES
+    kind, content = ("svg+xml", figure.svg) if small else ("png", figure.png)
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    words = f"<b>{escape(figure.title or figure.name)}.</b> {escape(figure.caption)}"
+    words = f"<b>{escape(figure.title or figure.name)}.</b> {escape(figure.caption)} <small>{escape(origin)}</small>"
     return (
         f"<figure><img alt='{escape(figure.name)}' src='{source}'><figcaption>{words}</figcaption></figure>"
     )
 
 
-def _table(table: Table) -> str:
-    rows = [[_cell(_name(row[0].text), kind="name")] +
-            [_cell(f"<b>{escape(cell.text)}</b>" if cell.bold else escape(cell.text), cell.value) for cell in row[1:]]
-            for row in table.rows]  # fmt: skip
-    notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in table.notes)
+def _tables(report: Report) -> str:
+    inner = "".join(_table(table, report.origin) for table in report.tables)
+    return f"<h2 id='tables'>Tables</h2>{inner}" if inner else ""
+
+
+def _table(table: Table, origin: str) -> str:
+    rows = [[_cell(_name(row[0].text), kind="name"), *map(_number, row[1:])] for row in table.rows]
+    notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in (*table.notes, origin))
     files = " ".join(f"<a href='tables/{table.name}.{kind}'>{kind}</a>" for kind in ("md", "csv", "tex"))
     heading = f"<h3>{escape(table.title or table.name)} <small>{files}</small></h3>"
     return heading + _grid(table.headers, rows, "numbers") + notes
+
+
+def _number(cell: Text) -> str:
+    text = escape(cell.text)
+    return _cell(f"<b>{text}</b>" if cell.bold else text, cell.value)
 
 
 def _chains(measured: Measured) -> str:

@@ -256,7 +256,7 @@ class _Builder:
     def points_of_chain(self, chain: str) -> Iterator[Point]:
         """One point for each member and seed; members without any randomness have one point only."""
         for member in self.members(chain):
-            yield from self._by_seed(lambda seed, member=member: self.point(member, seed))  # type: ignore[misc]
+            yield from self._by_seed(lambda seed, member=member: self.point(member, seed))
 
     def _by_seed(self, point_at: Any) -> Iterator[Point]:
         seen = set()

@@ -24,6 +24,7 @@ from methods.stage import AssayError, Interrupted, NotFinite, Row, Scoring, Stag
 from workflows import code, machine, promises
 from workflows.account import Account
 from workflows.claim import Claim
+from workflows.lease import lease, visible_cards
 from workflows.options import decode_config
 from workflows.record import (
     Failure,
@@ -46,6 +47,19 @@ def run(job_id: str, results: Path, receipt: Path | None) -> None:
     store = Store(results)
     prepare_environment(read_job(store.job(job_id)).threads)
     ids = _batch(job_id, receipt)
+    with lease(_cards(read_job(store.job(job_id)))):
+        _run_all(store, ids)
+    if receipt is not None:
+        receipt.parent.mkdir(parents=True, exist_ok=True)
+        receipt.touch()
+
+
+def _cards(job: Job) -> int:
+    """Cards the job was promised: as its experiment says, else one where there is one."""
+    return int(job.resources.get("gpu", min(1, len(visible_cards()))))
+
+
+def _run_all(store: Store, ids: list[str]) -> None:
     failures = []
     models = None
     for member in ids:
@@ -61,9 +75,6 @@ def run(job_id: str, results: Path, receipt: Path | None) -> None:
             print(f"assay: {member}: {error}", file=sys.stderr)
     if failures:
         raise failures[0] if len(ids) == 1 else AssayError(f"{len(failures)} of {len(ids)} scores failed.")
-    if receipt is not None:
-        receipt.parent.mkdir(parents=True, exist_ok=True)
-        receipt.touch()
 
 
 def _batch(job_id: str, receipt: Path | None) -> list[str]:
@@ -363,7 +374,7 @@ class _Tee:
 def _logged(path: Path) -> Iterator[None]:
     before = sys.stdout, sys.stderr
     with open(path, "w", encoding="utf-8") as log:
-        sys.stdout, sys.stderr = _Tee(before[0], log), _Tee(before[1], log)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = _Tee(before[0], log), _Tee(before[1], log)
         try:
             yield
         finally:

@@ -66,11 +66,18 @@ def scatter(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str)
     handles += _front_line(axes, plot, best) + _sizes(plot)
     draw.legend_below(image, handles, [handle.get_label() for handle in handles])
     axes.margins(0.12)
-    places = zip(plot.means("x"), plot.means("y"), plot.points, areas, strict=True)
-    draw.place_labels(
-        image, axes, [Label(x, y, point.name, math.sqrt(area) / 2) for x, y, point, area in places]
-    )
+    line = list(zip(plot.means("x", best), plot.means("y", best), strict=True))
+    draw.place_labels(image, axes, _labels(plot, areas), line)
     return image, _caption(plot, best)
+
+
+def _labels(plot: Scatter, areas: Sequence[float]) -> list[Label]:
+    across, up = plot.factor("x"), plot.factor("y")
+    return [
+        Label(point.x.mean * across, point.y.mean * up, point.name, math.sqrt(area) / 2,
+              sd_or_zero(point.x) * across, sd_or_zero(point.y) * up)
+        for point, area in zip(plot.points, areas, strict=True)
+    ]  # fmt: skip
 
 
 def _collected(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -> Scatter:
@@ -122,7 +129,7 @@ def _dots(image: Figure, axes: Axes, plot: Scatter, areas: Sequence[float]) -> l
 def _handle(label: str, marker: str, color: str) -> Any:
     from matplotlib.lines import Line2D
 
-    edge = {"markeredgecolor": "black", "markeredgewidth": 0.6, "markersize": 6.5}
+    edge: dict[str, Any] = {"markeredgecolor": "black", "markeredgewidth": 0.6, "markersize": 6.5}
     return Line2D([], [], linestyle="", marker=marker, color=color, label=label, **edge)
 
 
@@ -160,7 +167,7 @@ def _sizes(plot: Scatter) -> list[Any]:
     largest = max((cell.mean for cell in plot.cells("size") if cell.samples), default=0.0)
     if plot.size is None or largest <= 0:
         return []
-    look = {
+    look: dict[str, Any] = {
         "linestyle": "",
         "marker": "o",
         "color": "white",
@@ -198,7 +205,13 @@ def _dominates(first: tuple[float, float], second: tuple[float, float]) -> bool:
 def _front_line(axes: Axes, plot: Scatter, best: Sequence[Point]) -> list[Any]:
     if len(best) < 2:
         return []
-    look = {"color": "#444444", "linestyle": "--", "linewidth": 1.0, "zorder": 1, "label": "Pareto front"}
+    look: dict[str, Any] = {
+        "color": "#444444",
+        "linestyle": "--",
+        "linewidth": 1.0,
+        "zorder": 1,
+        "label": "Pareto front",
+    }
     return list(axes.plot(plot.means("x", best), plot.means("y", best), **look))
 
 

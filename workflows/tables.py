@@ -176,7 +176,11 @@ def number(mean: float, sd: float, decimals: int) -> str:
     small = mean != 0 and abs(mean) < 10**-decimals / 2
     if decimals > DECIMALS_AT_MOST or small or abs(mean) >= 1e7:
         return f"{mean:.1e}" if math.isnan(sd) else f"{mean:.1e} ± {sd:.0e}"
-    return f"{mean:.{decimals}f}" if math.isnan(sd) else f"{mean:.{decimals}f} ± {sd:.{decimals}f}"
+    if math.isnan(sd):
+        return f"{mean:.{decimals}f}"
+    if sd > 0:  # a spread is never rounded away
+        decimals = max(decimals, min(DECIMALS_AT_MOST, -math.floor(math.log10(sd))))
+    return f"{mean:.{decimals}f} ± {sd:.{decimals}f}" if sd else f"{mean:.{decimals}f} ± 0"
 
 
 def _decimals(largest: float) -> int:
