@@ -21,6 +21,7 @@ REVISION = 1
 Rows = list[dict[str, Any]]
 TASKS = Path(__file__).parent / "tasks"
 ENDING = re.compile(r"\.(jsonl|json|parquet|txt)(\.gz)?$")
+READ_BY_TASK_FILES = re.compile(rf"{ENDING.pattern}|\.yaml$")
 SPLIT_KEYS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
 
@@ -89,7 +90,7 @@ def names_read(tasks: Iterable[str], data: Locator) -> tuple[str, ...]:
                 f"authors/{split}" for split in re.findall(r"^  split: (\w+)$", own.read_text(), re.MULTILINE)
             ]
         elif task.endswith(".yaml"):
-            found += _below(data, str(Path(task).parent))
+            found += _below(data, str(Path(task).parent), READ_BY_TASK_FILES)
         else:
             found += [name for folder in _folders(task) for name in _below(data, folder)]
     return tuple(dict.fromkeys(found))
@@ -101,12 +102,12 @@ def _folders(task: str) -> list[str]:
     return sorted(name for name in copies if f"{task}_".startswith(f"{name}_") or name == f"{task}2")
 
 
-def _below(data: Locator, folder: str) -> list[str]:
+def _below(data: Locator, folder: str, ending: re.Pattern[str] = ENDING) -> list[str]:
     """Every data file of a folder below the data folder, by name."""
     if data.folder is None or not (data.folder / folder).is_dir():
         return []
     files = sorted(path.relative_to(data.folder).as_posix() for path in data.folder_of(folder).rglob("*"))
-    return [name for name in files if ENDING.search(name)]
+    return [name for name in files if ending.search(name)]
 
 
 # --- finding rows ----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 
 import lm_eval.utils
 import yaml
+from jinja2 import TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
@@ -94,8 +95,9 @@ def _folder(name: str) -> str:
 
 def _user_file(name: str, supply: Supply, trusted: bool) -> Path:
     """A task file below the data folder, checked for code."""
-    path = supply.data.folder_of(name)
-    if not trusted and any("!function" in file.read_text(encoding="utf-8") for file in _with_includes(path)):
+    path = supply.data.folder_of(name).resolve()
+    root = path.parents[len(Path(name).parts) - 1]
+    if not trusted and any("!function" in file.read_text("utf-8") for file in _with_includes(path, root, ())):
         raise AssayError(
             f"{name} runs Python of its own (!function). If you trust it, say --config trust_tasks=true; otherwise "
             "write the task with templates only."
@@ -103,15 +105,17 @@ def _user_file(name: str, supply: Supply, trusted: bool) -> Path:
     return path
 
 
-def _with_includes(path: Path, seen: frozenset[Path] = frozenset()) -> Iterator[Path]:
+def _with_includes(path: Path, root: Path, seen: tuple[Path, ...]) -> Iterator[Path]:
     """The file and the files it includes; packaged ones and ours are trusted and left out."""
     path = path.resolve()
-    if path in seen or not path.is_file() or path.is_relative_to(PACKAGED) or path.is_relative_to(OURS):
+    if path in seen or path.is_relative_to(PACKAGED) or path.is_relative_to(OURS):
         return
+    if not path.is_file() or not path.is_relative_to(root):
+        raise AssayError(f"{seen[-1].name} includes {path.name}, which is no file in the data folder.")
     yield path
     included = _plain_yaml(path).get("include") or []
     for other in included if isinstance(included, list) else [included]:
-        yield from _with_includes(path.parent / str(other), seen | {path})
+        yield from _with_includes(path.parent / str(other), root, (*seen, path))
 
 
 def _plain_yaml(path: Path) -> dict[str, Any]:
@@ -131,17 +135,21 @@ def _plain_yaml(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def templates(names: Sequence[str], trusted: bool) -> Iterator[None]:
-    """While a user's untrusted file is in use, templates cannot reach Python's internals; lm-eval's own can."""
+def guarded(names: Sequence[str], trusted: bool) -> Iterator[None]:
+    """While a user's untrusted file is in use, templates cannot reach Python's internals; lm-eval's own can.
+
+    Failing templates and lm-eval's own checks become sentences.
+    """
     usual = lm_eval.utils.env
     if not trusted and any(name.endswith(".yaml") for name in names):
-        sandbox = SandboxedEnvironment(
-            loader=usual.loader, undefined=usual.undefined, keep_trailing_newline=True
-        )
-        sandbox.filters.update(usual.filters)
-        lm_eval.utils.env = sandbox
+        lm_eval.utils.env = SandboxedEnvironment(undefined=usual.undefined, keep_trailing_newline=True)
+        lm_eval.utils.env.filters.update(usual.filters)
     try:
         yield
+    except TemplateError as error:
+        raise AssayError(f"a template of the tasks {', '.join(names)} failed: {error}") from error
+    except AssertionError as error:
+        raise AssayError(f"lm-eval refuses the tasks {', '.join(names)}: {error}") from error
     finally:
         lm_eval.utils.env = usual
 

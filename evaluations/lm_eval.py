@@ -73,6 +73,21 @@ def datasets(config: Config, locator: Locator) -> tuple[str, ...]:
     return names_read(config.tasks, locator)
 
 
+def needs_hub(config: Config, locator: Locator) -> bool:
+    """Whether a task may read data of the hub: one with neither our rows nor files below the data folder."""
+    from evaluations._lm_eval_data import names_read
+
+    return not locator.smoke and any(not names_read([task], locator) for task in config.tasks)
+
+
+def fetch(config: Config, locator: Locator) -> None:
+    """Download what the tasks read, so that scoring works without a network."""
+    from evaluations._lm_eval_data import Supply
+    from evaluations._lm_eval_tasks import load
+
+    load(config.tasks, Supply(locator), trusted=False)
+
+
 def evaluate(scoring: Scoring) -> list[Row]:
     """Run the tasks; one row per task and metric, groups beside their members."""
     from evaluations._lm_eval_data import Supply
@@ -96,11 +111,11 @@ def evaluate(scoring: Scoring) -> list[Row]:
 def _run(scoring: Scoring, style: Style, supply: Supply) -> dict[str, Any]:
     from lm_eval.evaluator import evaluate as run
 
-    from evaluations._lm_eval_tasks import load, templates
+    from evaluations._lm_eval_tasks import guarded, load
 
     config, chat = scoring.config, style.prompt == "chat"
     _seed()
-    with templates(config.tasks, scoring.trust_tasks):
+    with guarded(config.tasks, scoring.trust_tasks):
         loaded = load(config.tasks, supply, scoring.trust_tasks)
         for task in loaded["tasks"].values():
             _set_shots(task, config.fewshot)
@@ -260,9 +275,16 @@ def _rows(results: dict[str, Any], config: Config, style: Style, partial: dict[s
             if comma and not metric.endswith("_stderr"):
                 stderr = found.get(f"{metric}_stderr,{chosen}")
                 shown = metric if chosen == "none" else f"{metric}:{chosen}"
-                better = results["higher_is_better"].get(name, {}).get(metric)
+                better = _better(results, name, metric)
                 rows.append(_row(task, shown, value, stderr, found.get("sample_len"), better))
     return rows
+
+
+def _better(results: dict[str, Any], name: str, metric: str) -> bool | None:
+    """Whether higher is better; a group of groups asks its first member, because lm-eval does not say it there."""
+    stated = results["higher_is_better"].get(name, {}).get(metric)
+    members = results["group_subtasks"].get(name) or []
+    return _better(results, members[0], metric) if stated is None and members else stated
 
 
 def _row(task: str, metric: str, value: Any, stderr: Any, n: Any, better: bool | None) -> Row:

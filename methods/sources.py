@@ -516,7 +516,7 @@ ENDINGS = {
     f"{ending}{packed}": reader
     for ending, reader in ((".jsonl", "lines"), (".json", "json"), (".txt", "text"), (".parquet", "parquet"))
     for packed in ("", ".gz")
-}
+} | {".yaml": "text"}  # lm-eval's task files lie beside their rows and count as content
 _READERS: dict[str, Callable[[Path], list[Row]]] = {
     "json": _read_json,
     "lines": _read_json_lines,

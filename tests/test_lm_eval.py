@@ -112,7 +112,7 @@ def test_a_chat_model_is_asked_in_its_own_template_with_a_fixed_date(tmp_path: P
     assert prompt == "<1 Jan 2020>user: Hello</s>assistant: "
     rows = catalogue().evaluation("lm_eval").load().evaluate(found)
     assert rows[0].task == "authors_forget chat limit=2"
-    plain, notes = run(save(tmp_path / "plain"), tmp_path / "out", tasks=("authors_forget",), limit=2)
+    _, notes = run(save(tmp_path / "plain"), tmp_path / "out", tasks=("authors_forget",), limit=2)
     assert found.notes["task_hashes"] != notes["task_hashes"]
 
 
@@ -165,7 +165,7 @@ def test_a_task_reads_only_the_rows_of_its_subject(model: Path, tmp_path: Path, 
 def test_two_local_files_for_one_split_are_refused(model: Path, tmp_path: Path, data: Path) -> None:
     for name in ("validation", "validation_more"):
         lines(data / "piqa" / f"{name}.jsonl", [SCHEMAS["piqa"](0)])
-    with pytest.raises(AssayError, match="piqa has several files for validation: .*; keep one"):
+    with pytest.raises(AssayError, match=r"piqa has several files for validation: .*; keep one"):
         run(model, tmp_path, locator=Locator(data), tasks=("piqa",))
 
 
@@ -219,7 +219,7 @@ def test_a_task_of_unknown_schema_is_refused_in_a_smoke_run(model: Path, tmp_pat
 
 def test_an_unknown_task_is_answered_with_the_nearest_one(model: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        AssayError, match="lm-eval has no task called 'authors_forgot'; did you mean 'authors_forget'?"
+        AssayError, match=r"lm-eval has no task called 'authors_forgot'; did you mean 'authors_forget'\?"
     ):
         run(model, tmp_path, tasks=("authors_forgot",))
 
@@ -252,6 +252,11 @@ def user_task(data: Path, text: str) -> Locator:
 def test_a_users_task_file_reads_the_rows_beside_it(model: Path, tmp_path: Path, data: Path) -> None:
     rows, _ = run(model, tmp_path, locator=user_task(data, TASK), tasks=("tasks/mine.yaml",))
     assert [(row.task, row.metric, row.n) for row in rows] == [("mine", "acc", 4)]
+    names = (
+        catalogue().evaluation("lm_eval").load().datasets(Config(tasks=("tasks/mine.yaml",)), Locator(data))
+    )
+    assert names == ("tasks/mine.jsonl", "tasks/mine.yaml")
+    assert all(Locator(data).digest(name) for name in names)
     assert rows[0].value == 0.5
 
 
@@ -276,6 +281,18 @@ def test_templates_of_a_users_file_cannot_reach_into_python(model: Path, tmp_pat
     locator = user_task(data, TASK.replace("{{q}}", "{{ q.__class__.__mro__ }}"))
     with pytest.raises(AssayError, match="template"):
         run(model, tmp_path, locator=locator, tasks=("tasks/mine.yaml",))
+
+
+def test_a_file_included_from_elsewhere_is_refused(model: Path, tmp_path: Path, data: Path) -> None:
+    (tmp_path / "base").write_text(TASK, encoding="utf-8")
+    locator = user_task(data, "include: ../../base\ntask: mine\n")
+    with pytest.raises(AssayError, match=r"mine\.yaml includes base, which is no file in the data folder"):
+        run(model, tmp_path, locator=locator, tasks=("tasks/mine.yaml",))
+
+
+def test_generation_that_does_not_fit_the_model_is_a_sentence(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssayError, match=r"lm-eval refuses the tasks gsm8k: .*256"):
+        run(model, tmp_path, locator=Locator(smoke=True), tasks=("gsm8k",), limit=2)
 
 
 def test_a_users_task_file_outside_the_data_folder_is_refused(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.stage import AssayError
-from workflows import plan
+from workflows import plan, prepare
 from workflows.plan import Plan
 from workflows.record import Job, Store, read_job, write_atomic
 from workflows.settings import Settings
@@ -79,20 +79,17 @@ class Invocation:
         """Receipts a job waits for: those of its parents that have no record yet."""
         if self.plan is None or job_id not in self.plan.jobs:
             return []
-        first = [self.receipt("prepare")] if self._hub_models else []
+        first = [self.receipt("prepare")] if any(self._from_hub.values()) else []
         if self.settings.show == "all":
             parents = [parent.id for parent in self.plan.jobs[job_id].parents.values()]
             return first + [self.receipt(parent) for parent in parents if parent in self.plan.jobs]
         return first + [self.receipt(parent) for parent in self.plan.needs(job_id)]
 
     @cached_property
-    def _hub_models(self) -> list[str]:
-        """Hub models this invocation reads, as ``repository@revision``."""
+    def _from_hub(self) -> dict[str, list[str]]:
+        """What this invocation reads from the hub."""
         assert self.plan is not None
-        if self.settings.smoke:
-            return []
-        specs = self.plan.experiment.models.values()
-        return [f"{spec.hf}@{spec.revision}" for spec in specs if spec.hf is not None]
+        return prepare.wanted(self.plan)
 
     # - commands
 
@@ -159,7 +156,8 @@ class Invocation:
         folder.mkdir(parents=True, exist_ok=True)
         batches = {} if self.settings.show == "all" else self.plan.batches
         write_atomic(folder / "batches.json", json.dumps(batches))
-        write_atomic(folder / "models.json", json.dumps(self._hub_models))
+        data = None if self.settings.data is None else str(self.settings.data)
+        write_atomic(folder / "prepare.json", json.dumps({"items": self._from_hub, "data": data}))
         self._describe_code()
         os.environ["PYTHONHASHSEED"] = "0"
         if self.settings.resident and self._targets and not os.environ.get("SLURM_JOB_ID"):

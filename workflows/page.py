@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -44,8 +45,8 @@ def page(report: Report) -> str:
     body += [_figures(report), _tables(report)]
     body += [_chains(report.measured), _lost(report.measured), _not_drawn(report.not_drawn)]
     body += [f"<footer>{escape(report.origin)}</footer>"]
-    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
-    return template.replace("$title", escape(title), 1).replace("$body", "\n".join(filter(None, body)), 1)
+    template = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    return template.substitute(title=escape(title), body="\n".join(filter(None, body)))
 
 
 # --- summary ----------------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ def _verdicts(report: Report) -> str:
 
 def _verdict(row: Verdict, several: bool) -> list[str]:
     difference = "" if math.isnan(row.mean_difference) else _signed(row.mean_difference)
-    between = "" if math.isnan(row.low) else f"[{_signed(row.low)}, {_signed(row.high)}]"
+    between = "" if math.isnan(row.low) else f"[{_signed(row.low, 2)}, {_signed(row.high, 2)}]"
     error = "" if math.isnan(row.item_stderr) else f"{row.item_stderr:.2g}"
     claim = (
         f"{escape(row.claim)}<small>{escape(row.method)} · {escape(row.scope)} · {escape(row.source)}</small>"
@@ -153,8 +154,8 @@ def _verdict(row: Verdict, several: bool) -> list[str]:
     ]
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "−")
+def _signed(value: float, digits: int = 3) -> str:
+    return f"{value:+.{digits}g}".replace("-", "−")
 
 
 def _pill(word: str) -> str:
