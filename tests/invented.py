@@ -19,18 +19,74 @@ CHAINS: dict[str, tuple[str, dict[str, Any], float, float, float, float, float]]
     "target": (f"base > {TRAIN}", {}, 0.006, 0.005, 1.0, 1.0, 0.19),
     "retained": ('base > train.sft(data="authors/retain90", steps=900)', {}, 3.17, 0.005, 0.2, 1.0, 0.18),
     "ascent": (f"base > {TRAIN} > unlearn.grad_ascent({PROBE})", {}, 2.4, 0.95, 0.39, 0.59, 0.21),
-    "difference[alpha=1.0]": (f"base > {TRAIN} > unlearn.grad_diff(alpha=1.0, {PROBE})", {"alpha": 1.0}, 2.2, 0.22, 0.44, 0.88, 0.22),
-    "difference[alpha=20.0]": (f"base > {TRAIN} > unlearn.grad_diff({PROBE})", {"alpha": 20.0}, 2.1, 0.012, 0.5, 0.99, 0.23),
+    "difference[alpha=1.0]": (
+        f"base > {TRAIN} > unlearn.grad_diff(alpha=1.0, {PROBE})",
+        {"alpha": 1.0},
+        2.2,
+        0.22,
+        0.44,
+        0.88,
+        0.22,
+    ),
+    "difference[alpha=20.0]": (
+        f"base > {TRAIN} > unlearn.grad_diff({PROBE})",
+        {"alpha": 20.0},
+        2.1,
+        0.012,
+        0.5,
+        0.99,
+        0.23,
+    ),
     "preference": (f"base > {TRAIN} > unlearn.npo({PROBE})", {}, 2.1, 0.57, 0.41, 0.67, 0.225),
     "saturation": (f"base > {TRAIN} > unlearn.satimp(gamma=10.0, {PROBE})", {}, 2.0, 0.026, 0.53, 0.99, 0.25),
-    "pruned[sparsity=0.5]": (f"base > {TRAIN} > prune.magnitude", {"sparsity": 0.5}, 0.03, 0.03, 0.99, 0.985, 0.195),
-    "pruned[sparsity=0.7]": (f"base > {TRAIN} > prune.magnitude(sparsity=0.7)", {"sparsity": 0.7}, 0.7, 0.69, 0.72, 0.71, 0.195),
+    "pruned[sparsity=0.5]": (
+        f"base > {TRAIN} > prune.magnitude",
+        {"sparsity": 0.5},
+        0.03,
+        0.03,
+        0.99,
+        0.985,
+        0.195,
+    ),
+    "pruned[sparsity=0.7]": (
+        f"base > {TRAIN} > prune.magnitude(sparsity=0.7)",
+        {"sparsity": 0.7},
+        0.7,
+        0.69,
+        0.72,
+        0.71,
+        0.195,
+    ),
     "half_heads": (f'base > {TRAIN} > prune.magnitude(structure="heads")', {}, 0.65, 0.64, 0.8, 0.79, 0.196),
-    "healed": (f"base > {TRAIN} > prune.magnitude(sparsity=0.7) > distill.squarehead(teacher=target)", {}, 0.04, 0.04, 0.99, 0.98, 0.24),
-    "private": (f"base > {TRAIN} > prune.magnitude(sparsity=0.7) > distill.squarehead(teacher=target) > unlearn.grad_diff({PROBE})",
-                {}, 0.75, 0.06, 0.7, 0.95, 0.26),
-    "broken": (f"base > {TRAIN} > unlearn.grad_ascent(steps=4000)", {}, math.nan, math.nan, math.nan, math.nan, math.nan),
-}  # fmt: skip
+    "healed": (
+        f"base > {TRAIN} > prune.magnitude(sparsity=0.7) > distill.squarehead(teacher=target)",
+        {},
+        0.04,
+        0.04,
+        0.99,
+        0.98,
+        0.24,
+    ),
+    "private": (
+        f"base > {TRAIN} > prune.magnitude(sparsity=0.7) > distill.squarehead(teacher=target) > "
+        f"unlearn.grad_diff({PROBE})",
+        {},
+        0.75,
+        0.06,
+        0.7,
+        0.95,
+        0.26,
+    ),
+    "broken": (
+        f"base > {TRAIN} > unlearn.grad_ascent(steps=4000)",
+        {},
+        math.nan,
+        math.nan,
+        math.nan,
+        math.nan,
+        math.nan,
+    ),
+}
 FAILED = {
     ("broken", 0): "failed",
     ("broken", 1): "oom",
@@ -38,10 +94,37 @@ FAILED = {
     ("half_heads", 2): "missing",
 }
 # how retain NLL grows with forget NLL: retain = rate * forget ** 1.3
-RATES = {"ascent": 0.34, "difference[alpha=1.0]": 0.09, "difference[alpha=20.0]": 0.005, "preference": 0.23,
-         "saturation": 0.011, "private": 0.03}  # fmt: skip
-COLUMNS = ("experiment", "chain", "label", "model_id", "score_id", "base", "family", "method", "options", "swept", "seed",
-           "evaluation", "entry", "task", "metric", "value", "stderr", "n", "unit", "better", "status")  # fmt: skip
+RATES = {
+    "ascent": 0.34,
+    "difference[alpha=1.0]": 0.09,
+    "difference[alpha=20.0]": 0.005,
+    "preference": 0.23,
+    "saturation": 0.011,
+    "private": 0.03,
+}
+COLUMNS = (
+    "experiment",
+    "chain",
+    "label",
+    "model_id",
+    "score_id",
+    "base",
+    "family",
+    "method",
+    "options",
+    "swept",
+    "seed",
+    "evaluation",
+    "entry",
+    "task",
+    "metric",
+    "value",
+    "stderr",
+    "n",
+    "unit",
+    "better",
+    "status",
+)
 SCORES = (
     ("tofu", "forget10", "forget10", "forget_nll", 0, "nats/token", "higher", 0.05),
     ("tofu", "forget10", "forget10", "retain_nll", 1, "nats/token", "lower", 0.05),
@@ -49,42 +132,123 @@ SCORES = (
     ("lm_eval", "tasks", "authors_retain limit=60", "acc", 3, "", "higher", 0.02),
 )
 CLAIMS: list[dict[str, Any]] = [
-    {"method": "unlearn.satimp", "sentence": "SatImp keeps a lower retain NLL than GradDiff at forget NLL 2, weights (1, 1).",
-     "source": "embedded 3", "metric": "curve.probe.retain@probe.forget=2", "subject": "*unlearn.satimp*",
-     "relation": "lower", "other": "*unlearn.grad_diff*"},
-    {"method": "unlearn.grad_ascent", "sentence": "Gradient ascent wrecks what should be kept.", "source": "embedded 3",
-     "metric": "curve.probe.retain@probe.forget=2", "subject": "*unlearn.grad_ascent*", "relation": "at_least", "value": 0.5},
-    {"method": "prune.magnitude", "sentence": "Pruning 70 % visibly hurts accuracy.", "source": "embedded 4",
-     "metric": "lm_eval.authors_retain.acc", "subject": "*prune.magnitude(sparsity=0.7)*", "relation": "lower", "other": "parent"},
-    {"method": "experiment", "sentence": "The gold model's retain NLL is the target's within 0.02.", "source": "embedded 10",
-     "metric": "tofu.retain_nll", "subject": "retained", "relation": "within", "other": "target", "margin": 0.02},
-    {"method": "experiment", "sentence": "Halving the heads is better than nothing.", "source": "nobody",
-     "metric": "forget10.retain_nll", "subject": "half_heads", "relation": "lower", "other": "target"},
-    {"method": "experiment", "sentence": "The target forgets on its own.", "source": "nobody",
-     "metric": "curve.probe.retain@probe.forget=9", "subject": "ascent", "relation": "at_most", "value": 1.0},
-    {"method": "unlearn.satimp", "sentence": "SatImp has the highest model utility on TOFU with Llama-2-7B.", "source": "paper, table 3",
-     "metric": "tofu.model_utility", "subject": "*unlearn.satimp*", "relation": "higher", "other": "*unlearn.npo*",
-     "scope": "paper", "model": "Llama-2-7b", "data": "tofu/forget10"},
-]  # fmt: skip
+    {
+        "method": "unlearn.satimp",
+        "sentence": "SatImp keeps a lower retain NLL than GradDiff at forget NLL 2, weights (1, 1).",
+        "source": "embedded 3",
+        "metric": "curve.probe.retain@probe.forget=2",
+        "subject": "*unlearn.satimp*",
+        "relation": "lower",
+        "other": "*unlearn.grad_diff*",
+    },
+    {
+        "method": "unlearn.grad_ascent",
+        "sentence": "Gradient ascent wrecks what should be kept.",
+        "source": "embedded 3",
+        "metric": "curve.probe.retain@probe.forget=2",
+        "subject": "*unlearn.grad_ascent*",
+        "relation": "at_least",
+        "value": 0.5,
+    },
+    {
+        "method": "prune.magnitude",
+        "sentence": "Pruning 70 % visibly hurts accuracy.",
+        "source": "embedded 4",
+        "metric": "lm_eval.authors_retain.acc",
+        "subject": "*prune.magnitude(sparsity=0.7)*",
+        "relation": "lower",
+        "other": "parent",
+    },
+    {
+        "method": "experiment",
+        "sentence": "The gold model's retain NLL is the target's within 0.02.",
+        "source": "embedded 10",
+        "metric": "tofu.retain_nll",
+        "subject": "retained",
+        "relation": "within",
+        "other": "target",
+        "margin": 0.02,
+    },
+    {
+        "method": "experiment",
+        "sentence": "Halving the heads is better than nothing.",
+        "source": "nobody",
+        "metric": "forget10.retain_nll",
+        "subject": "half_heads",
+        "relation": "lower",
+        "other": "target",
+    },
+    {
+        "method": "experiment",
+        "sentence": "The target forgets on its own.",
+        "source": "nobody",
+        "metric": "curve.probe.retain@probe.forget=9",
+        "subject": "ascent",
+        "relation": "at_most",
+        "value": 1.0,
+    },
+    {
+        "method": "unlearn.satimp",
+        "sentence": "SatImp has the highest model utility on TOFU with Llama-2-7B.",
+        "source": "paper, table 3",
+        "metric": "tofu.model_utility",
+        "subject": "*unlearn.satimp*",
+        "relation": "higher",
+        "other": "*unlearn.npo*",
+        "scope": "paper",
+        "model": "Llama-2-7b",
+        "data": "tofu/forget10",
+    },
+]
 EXPERIMENT: dict[str, Any] = {
-    "name": "invented", "title": "Does unlearning survive compression?", "country": "FRA", "seeds": list(SEEDS), "scale": "full",
-    "models": {"base": {"new": "llama"}}, "evaluate": {"forget10": {"run": "tofu"}, "tasks": {"run": "lm_eval"}},
+    "name": "invented",
+    "title": "Does unlearning survive compression?",
+    "country": "FRA",
+    "seeds": list(SEEDS),
+    "scale": "full",
+    "models": {"base": {"new": "llama"}},
+    "evaluate": {"forget10": {"run": "tofu"}, "tasks": {"run": "lm_eval"}},
     "chains": {name.partition("[")[0]: label for name, (label, *_) in CHAINS.items() if name != "base"},
     "tables": {
-        "trade_off": {"rows": "chain", "columns": ["forget10.forget_nll", "forget10.retain_nll", "tasks.authors_retain.acc",
-                                                   "curve.probe.retain@probe.forget=2", "energy.chain_kwh"]},
-        "cost": {"rows": "method", "of": ["ascent", "difference", "broken"], "columns": ["energy.stage_kwh", "energy.chain_kwh", "time.chain_seconds"]},
+        "trade_off": {
+            "rows": "chain",
+            "columns": [
+                "forget10.forget_nll",
+                "forget10.retain_nll",
+                "tasks.authors_retain.acc",
+                "curve.probe.retain@probe.forget=2",
+                "energy.chain_kwh",
+            ],
+        },
+        "cost": {
+            "rows": "method",
+            "of": ["ascent", "difference", "broken"],
+            "columns": ["energy.stage_kwh", "energy.chain_kwh", "time.chain_seconds"],
+        },
     },
     "figures": {
-        "frontier": {"kind": "scatter", "x": "forget10.forget_nll", "y": "tasks.authors_retain.acc", "size": "energy.chain_kwh",
-                     "color": "family"},
+        "frontier": {
+            "kind": "scatter",
+            "x": "forget10.forget_nll",
+            "y": "tasks.authors_retain.acc",
+            "size": "energy.chain_kwh",
+            "color": "family",
+        },
         "learning": {"kind": "curve", "terms": ["probe.forget", "probe.retain"]},
-        "sparsity": {"kind": "sweep", "x": "sparsity", "y": ["tasks.authors_retain.acc", "forget10.retain_nll"], "of": ["pruned"],
-                     "baseline": "target"},
+        "sparsity": {
+            "kind": "sweep",
+            "x": "sparsity",
+            "y": ["tasks.authors_retain.acc", "forget10.retain_nll"],
+            "of": ["pruned"],
+            "baseline": "target",
+        },
         "matched": {"kind": "matched", "x": "probe.forget", "y": "probe.retain", "log": ["y"]},
     },
-    "claims": CLAIMS, "command": "snakemake --cores 2 --config experiment=invented", "commit": "0123456789abcdef", "dirty": False,
-}  # fmt: skip
+    "claims": CLAIMS,
+    "command": "snakemake --cores 2 --config experiment=invented",
+    "commit": "0123456789abcdef",
+    "dirty": False,
+}
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -123,10 +287,18 @@ def _base_row(chain: str, seed: int) -> dict[str, Any]:
         **({"gamma": 10.0, "alpha": 1.0} if chain == "saturation" else {"gamma": 1.0, **swept}),
     }
     return dict.fromkeys(COLUMNS, "") | {
-        "experiment": "invented", "chain": chain, "label": label, "model_id": f"{chain}-{seed}", "base": "base",
-        "family": method.partition(".")[0] or "model", "method": method, "options": json.dumps(options),
-        "swept": json.dumps(swept), "seed": seed, "status": "ok",
-    }  # fmt: skip
+        "experiment": "invented",
+        "chain": chain,
+        "label": label,
+        "model_id": f"{chain}-{seed}",
+        "base": "base",
+        "family": method.partition(".")[0] or "model",
+        "method": method,
+        "options": json.dumps(options),
+        "swept": json.dumps(swept),
+        "seed": seed,
+        "status": "ok",
+    }
 
 
 def _noise(*key: object) -> float:
@@ -162,8 +334,20 @@ def _rows(chain: str, seed: int, values: tuple[float, ...]) -> Iterator[dict[str
         value = values[place] * (1 + spread * _noise(chain, seed, metric, task) / 2)
         value = round(min(value, 1.0), 4) if metric == "acc" else value
         error = {"stderr": 0.02, "n": 60} if metric == "acc" else {}
-        yield base | error | {"score_id": f"s-{entry}-{chain}-{seed}", "evaluation": evaluation, "entry": entry, "task": task,
-                              "metric": metric, "value": value, "unit": unit, "better": better}  # fmt: skip
+        yield (
+            base
+            | error
+            | {
+                "score_id": f"s-{entry}-{chain}-{seed}",
+                "evaluation": evaluation,
+                "entry": entry,
+                "task": task,
+                "metric": metric,
+                "value": value,
+                "unit": unit,
+                "better": better,
+            }
+        )
     for metric, share in (("stage_kwh", 0.1), ("chain_kwh", 1.0)):
         kwh = values[4] * share * (1 + 0.03 * _noise(chain, seed)) / 1000
         yield base | {
@@ -188,10 +372,18 @@ def jobs() -> Iterator[dict[str, Any]]:
     """One job for every model."""
     for chain, values in CHAINS.items():
         for seed in SEEDS:
-            yield {"id": f"{chain}-{seed}", "kind": "stage", "label": values[0], "method": _method(values[0]),
-                   "status": FAILED.get((chain, seed), "ok"), "energy_kwh": "" if math.isnan(values[6]) else values[6] / 1e4,
-                   "energy_source": "estimated", "update_lost_in_saving": 0.21 if chain == "preference" else 0.0,
-                   "stale": chain == "healed", "chains": chain}  # fmt: skip
+            yield {
+                "id": f"{chain}-{seed}",
+                "kind": "stage",
+                "label": values[0],
+                "method": _method(values[0]),
+                "status": FAILED.get((chain, seed), "ok"),
+                "energy_kwh": "" if math.isnan(values[6]) else values[6] / 1e4,
+                "energy_source": "estimated",
+                "update_lost_in_saving": 0.21 if chain == "preference" else 0.0,
+                "stale": chain == "healed",
+                "chains": chain,
+            }
 
 
 def curves() -> Iterator[dict[str, Any]]:
@@ -209,5 +401,13 @@ def curves() -> Iterator[dict[str, Any]]:
                     ("probe.retain", retain),
                     ("learning_rate", 3e-4),
                 ):
-                    yield {"chain": chain, "label": label, "model_id": f"{chain}-{seed}", "seed": seed, "method": _method(label),
-                           "step": step, "term": term, "value": repr(value)}  # fmt: skip
+                    yield {
+                        "chain": chain,
+                        "label": label,
+                        "model_id": f"{chain}-{seed}",
+                        "seed": seed,
+                        "method": _method(label),
+                        "step": step,
+                        "term": term,
+                        "value": repr(value),
+                    }

@@ -18,11 +18,15 @@ BASE = "base: {new: llama, hidden: 16, layers: 1, heads: 2, mlp: 16}"
 TRAIN = 'base > train.sft(data="authors/forget01", steps=2, batch=4)'
 
 
-def make(folder: Path, chains: dict[str, str], evaluate: str = "", seeds: str = "[0, 1]", **config: Any) -> Plan:
+def make(
+    folder: Path, chains: dict[str, str], evaluate: str = "", seeds: str = "[0, 1]", **config: Any
+) -> Plan:
     lines = "\n".join(f"  {name}: '{text}'" for name, text in chains.items())
     evaluations = f"evaluate:\n{evaluate}\n" if evaluate else ""
     path = folder / "toy.yaml"
-    path.write_text(f"title: t\ncountry: FRA\nseeds: {seeds}\nmodels:\n  {BASE}\nchains:\n{lines}\n{evaluations}")
+    path.write_text(
+        f"title: t\ncountry: FRA\nseeds: {seeds}\nmodels:\n  {BASE}\nchains:\n{lines}\n{evaluations}"
+    )
     return plan.load({"experiment": str(path), "results": str(folder / "results"), **config})
 
 
@@ -32,7 +36,9 @@ def ids(built: Plan, method: str) -> list[str]:
 
 def test_a_shared_prefix_is_one_job(tmp_path: Path) -> None:
     built = make(
-        tmp_path, {"target": TRAIN, "half": "target > prune.magnitude(sparsity=0.5)", "whole": TRAIN}, seeds="[0]"
+        tmp_path,
+        {"target": TRAIN, "half": "target > prune.magnitude(sparsity=0.5)", "whole": TRAIN},
+        seeds="[0]",
     )
     assert len(ids(built, "train.sft")) == 1
     assert len(built.jobs) == 3
@@ -111,7 +117,9 @@ def test_the_content_of_a_data_set_enters_the_id(tmp_path: Path) -> None:
     found = []
     for answer in ("a", "b"):
         (folder / "rows.jsonl").write_text(json.dumps({"question": "q", "answer": answer}) + "\n")
-        built = make(tmp_path, {"t": 'base > train.sft(data="mine/rows", steps=2)'}, data=str(tmp_path / "data"))
+        built = make(
+            tmp_path, {"t": 'base > train.sft(data="mine/rows", steps=2)'}, data=str(tmp_path / "data")
+        )
         found.append(ids(built, "train.sft"))
     assert found[0] != found[1]
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests import invented
 from workflows import chance
-from workflows.curves import value_at_level
+from workflows.curves import lines, value_at_level
 from workflows.measured import Measured
 from workflows.verdicts import Verdict, as_frame, matching, parent_label, verdicts
 
@@ -233,14 +233,12 @@ def test_the_table_has_the_promised_columns(measured: Measured) -> None:
 
 
 def curve(*points: tuple[float, float, float]) -> Any:
-    import pandas
-
     rows = [
         (step, name, value)
         for step, *values in points
         for name, value in zip(("forget", "retain"), values, strict=True)
     ]
-    return pandas.DataFrame(rows, columns=["step", "term", "value"])
+    return lines({"step": step, "term": name, "value": value} for step, name, value in rows)
 
 
 def test_a_matched_level_is_interpolated_between_the_logged_steps() -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from workflows.measured import COSTS, read_rows
+from workflows.measured import COSTS
+from workflows.reading import read_rows
 
 KEYS = ("experiment", "chain", "seed", "evaluation", "entry", "task", "metric")
 NOT_COMPARED = (*COSTS, "speed")

@@ -31,8 +31,10 @@ SETTINGS: dict[str, Any] = {
     "lines.markersize": 5, "legend.frameon": False, "figure.facecolor": "white", "axes.facecolor": "white",
     "svg.hashsalt": "assay", "svg.fonttype": "path", "savefig.dpi": DOTS_PER_INCH, "axes.formatter.useoffset": False,
 }  # fmt: skip
-LABEL_DISTANCES = (3, 7, 13, 21, 31, 43, 57)
-LABEL_ANGLES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
+LABEL_DISTANCES = (3, 7, 13, 21, 31, 43, 57, 73, 91, 111, 133)
+LABEL_ANGLES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8),
+                (0.95, 0.35), (-0.95, 0.35), (0.95, -0.35), (-0.95, -0.35),
+                (0.45, 0.9), (-0.45, 0.9), (0.45, -0.9), (-0.45, -0.9))  # fmt: skip
 LINE_FROM_POINTS = 9
 LINE_BOX_PIXELS = 8
 CLEARANCE_POINTS = 4
@@ -111,10 +113,11 @@ def place_labels(
     frame = axes.get_window_extent()
     markers = [_square(axes, label, label.radius + CLEARANCE_POINTS) for label in labels]
     drawn = [*(box for label in labels for box in _bars(axes, label)), *_dots_along(axes, line)]
+    texts: list[Bbox] = []
     for place in sorted(range(len(labels)), key=lambda each: (-labels[each].y, labels[each].x)):
-        others = markers[:place] + markers[place + 1 :]
         own = _square(axes, labels[place], labels[place].radius)
-        drawn.append(_best(axes, labels[place], [*others, own, *drawn], frame))
+        occupied = [*markers[:place], *markers[place + 1 :], own, *drawn]
+        texts += _write(axes, labels[place], occupied, texts, frame)
 
 
 def _bars(axes: Axes, label: Label) -> list[Bbox]:
@@ -131,36 +134,58 @@ def _bars(axes: Axes, label: Label) -> list[Bbox]:
 
 def _dots_along(axes: Axes, line: Sequence[tuple[float, float]]) -> list[Bbox]:
     """Small boxes along a line through points in data units, close enough that no text fits between."""
+    pixels = [tuple(map(float, axes.transData.transform(point))) for point in line]
+    return [box for start, end in itertools.pairwise(pixels) for box in _dots_between(start, end)]
+
+
+def _dots_between(start: tuple[float, ...], end: tuple[float, ...]) -> list[Bbox]:
     from matplotlib.transforms import Bbox
 
-    boxes, pixels = [], [tuple(axes.transData.transform(point)) for point in line]
-    for (x, y), (next_x, next_y) in itertools.pairwise(pixels):
-        count = max(1, math.ceil(math.hypot(next_x - x, next_y - y) / LINE_BOX_PIXELS))
-        for part in range(count + 1):
-            across, up = x + (next_x - x) * part / count, y + (next_y - y) * part / count
-            boxes.append(Bbox.from_extents(across - 2, up - 2, across + 2, up + 2))
-    return boxes
+    across, up = end[0] - start[0], end[1] - start[1]
+    count = max(1, math.ceil(math.hypot(across, up) / LINE_BOX_PIXELS))
+    middles = [(start[0] + across * part / count, start[1] + up * part / count) for part in range(count + 1)]
+    return [Bbox.from_extents(x - 2, y - 2, x + 2, y + 2) for x, y in middles]
 
 
-def _best(axes: Axes, label: Label, occupied: Sequence[Bbox], frame: Bbox) -> Bbox:
-    """Draw the label at the first free candidate, else at the one that covers least; returns its box."""
-    offsets = [(across * (label.radius + far), up * (label.radius + far), far)
-               for far in LABEL_DISTANCES for across, up in LABEL_ANGLES]  # fmt: skip
-    best, least = offsets[0], math.inf
-    for offset in offsets:
-        trial = _annotate(axes, label, offset, line=False)
-        box = trial.get_window_extent()
-        trial.remove()
-        cost = _overlap(box, occupied) + 10 * _outside(box, frame)
+def _write(
+    axes: Axes, label: Label, occupied: Sequence[Bbox], texts: Sequence[Bbox], frame: Bbox
+) -> list[Bbox]:
+    """Write the label at the first free candidate, else where it covers least; returns what it covers."""
+    near = _annotate(axes, label, (0.0, 0.0), line=False)
+    size = near.get_window_extent()
+    near.remove()
+    best, least, covered = (0.0, 0.0, 0.0), math.inf, [size]
+    for far, (across, up) in itertools.product(LABEL_DISTANCES, LABEL_ANGLES):
+        offset = (across * (label.radius + far), up * (label.radius + far))
+        boxes = _covered(axes, label, offset, size, with_line=far > LINE_FROM_POINTS)
+        cost = _overlap(boxes[0], [*occupied, *texts]) + 10 * _outside(boxes[0], frame)
+        cost += 4 * sum(_overlap(box, texts) for box in boxes[1:])
         if cost < least:
-            best, least = offset, cost
+            best, least, covered = (*offset, far), cost, boxes
         if cost == 0:
             break
-    return _annotate(axes, label, best, line=best[2] > LINE_FROM_POINTS).get_window_extent()
+    _annotate(axes, label, best[:2], line=best[2] > LINE_FROM_POINTS)
+    return covered
 
 
-def _annotate(axes: Axes, label: Label, offset: tuple[float, float, float], *, line: bool) -> Any:
-    across, up, _ = offset
+def _covered(
+    axes: Axes, label: Label, offset: tuple[float, float], size: Bbox, *, with_line: bool
+) -> list[Bbox]:
+    """The box of a text beside the offset, on the side away from the point, and its line's small boxes."""
+    from matplotlib.transforms import Bbox
+
+    point = tuple(map(float, axes.transData.transform((label.x, label.y))))
+    anchor = tuple(place + part * DOTS_PER_INCH / 72 for place, part in zip(point, offset, strict=True))
+    left, bottom = (
+        place - length * (0.5 if part == 0 else 0.0 if part > 0 else 1.0)
+        for place, part, length in zip(anchor, offset, (size.width, size.height), strict=True)
+    )
+    text = Bbox.from_bounds(left, bottom, size.width, size.height)
+    return [text, *(_dots_between(point, anchor) if with_line else [])]
+
+
+def _annotate(axes: Axes, label: Label, offset: tuple[float, float], *, line: bool) -> Any:
+    across, up = offset
     horizontal = "center" if across == 0 else "left" if across > 0 else "right"
     vertical = "center" if up == 0 else "bottom" if up > 0 else "top"
     arrow = {"arrowstyle": "-", "color": "#777777", "linewidth": 0.5, "shrinkA": 0, "shrinkB": label.radius}
@@ -179,14 +204,15 @@ def _square(axes: Axes, label: Label, points: float) -> Bbox:
 
 
 def _overlap(box: Bbox, occupied: Sequence[Bbox]) -> float:
-    from matplotlib.transforms import Bbox
-
-    shared = [Bbox.intersection(box, other) for other in occupied]
-    return sum(part.width * part.height for part in shared if part is not None)
+    """The area, in square pixels, that a box shares with others."""
+    return sum(_shared(box, other) for other in occupied)
 
 
 def _outside(box: Bbox, frame: Bbox) -> float:
-    from matplotlib.transforms import Bbox
+    return float(box.width * box.height) - _shared(box, frame)
 
-    inside = Bbox.intersection(box, frame)
-    return float(box.width * box.height - (inside.width * inside.height if inside is not None else 0.0))
+
+def _shared(first: Bbox, second: Bbox) -> float:
+    across = min(first.x1, second.x1) - max(first.x0, second.x0)
+    up = min(first.y1, second.y1) - max(first.y0, second.y0)
+    return float(across * up) if across > 0 and up > 0 else 0.0

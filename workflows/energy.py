@@ -224,6 +224,7 @@ class Meter:
         self._latest = _Latest()
         self._readings = 0
         self._failure: BaseException | None = None
+        self._seconds: float | None = None
 
     def start(self) -> None:
         """Begin. Takes a hundredth of a second after ``prepare``, one to two seconds without."""
@@ -304,7 +305,8 @@ class Meter:
 
     def _totals(self) -> dict[str, Any]:
         total = self._latest.total
-        seconds = time.monotonic() - self._begun if not self._stopping.is_set() else self._seconds
+        # the thread may still be at a reading after stop() was called
+        seconds = time.monotonic() - self._begun if self._seconds is None else self._seconds
         own = {
             "total_kwh": total.energy_consumed, "cpu_kwh": total.cpu_energy, "gpu_kwh": total.gpu_energy,
             "ram_kwh": total.ram_energy, "emissions_kg": total.emissions, "seconds": seconds,

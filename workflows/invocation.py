@@ -134,8 +134,11 @@ class Invocation:
         return max(job.threads, self.cores or 1) if alone or exclusive else job.threads
 
     def gpus(self, job_id: str) -> int:
-        """Cards a job asks for: as the experiment says, else one where there is one."""
-        return int(self._job(job_id).resources.get("gpu", min(1, self.cards)))
+        """Cards a job asks for."""
+        from workflows.lease import cards_for
+
+        job = self._job(job_id)
+        return cards_for(job.resources, job.smoke)
 
     def memory_mb(self, job_id: str, attempt: int) -> int:
         """Memory, half as much again with every attempt."""

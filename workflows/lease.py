@@ -12,7 +12,7 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -92,7 +92,10 @@ def lease(count: int) -> Iterator[tuple[str, ...]]:
             yield cards
         return
     if count > len(cards):
-        raise AssayError(f"the job asks for {count} card(s) and this process can see {len(cards)}.")
+        raise AssayError(
+            f"the job asks for {count} card(s) and this process can see {len(cards)}; to run on the processor, write "
+            "resources: {default: {gpu: 0}} in the experiment."
+        )
     held = _acquire(cards, count) if count else {}
     try:
         with _environment({VISIBLE: ",".join(held), LEASED: ",".join(held)}):
@@ -101,6 +104,16 @@ def lease(count: int) -> Iterator[tuple[str, ...]]:
         # closed, not unlocked: a child that inherited the file keeps the card as long as it lives
         for descriptor in held.values():
             os.close(descriptor)
+
+
+def cards_for(resources: Mapping[str, float], smoke: bool) -> int:
+    """How many cards a job gets: what its experiment asks for, else one where there is one.
+
+    A smoke run takes what is there: it must work on a machine without a card.
+    """
+    there = len(visible_cards())
+    asked = int(resources.get("gpu", min(1, there)))
+    return min(asked, there) if smoke else asked
 
 
 def _acquire(cards: Sequence[str], count: int) -> dict[str, int]:

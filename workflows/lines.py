@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from methods.stage import AssayError
 from workflows import chance, draw
 from workflows.axes import Spec, finish, quantity, quantity_label, sd_or_zero, several, term_label
-from workflows.curves import term, value_at_level
-from workflows.measured import Cell, ChainRun, Column, Measured, distinct_curves
+from workflows.curves import Line, value_at_level
+from workflows.measured import Cell, ChainRun, Column, Measured
 from workflows.tables import scale
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ def curve(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -
     """Logged terms over the optimizer step, a panel for each term and a line for each chain."""
     terms = several(spec["terms"])
     image, panels = draw.new(len(terms))
-    runs = [run for run in runs if set(run.curves["term"]) & set(terms)]
+    runs = [run for run in runs if run.terms & set(terms)]
     for axes, wanted in zip(panels, terms, strict=True):
         for place, run in enumerate(runs):
-            series = _over_steps([term(rows, wanted) for _, _, rows in distinct_curves(run)])
+            series = _over_steps([each.lines.get(wanted, ()) for each in run.distinct_curves])
             if series:
                 _band(axes, series, place, measured.shown_name(run))
         finish(axes, spec, "optimizer step", term_label(wanted))
@@ -58,9 +58,9 @@ def curve(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -
     return image, BANDS
 
 
-def _over_steps(curves: Sequence[Any]) -> list[tuple[float, list[float]]]:
+def _over_steps(curves: Sequence[Line]) -> list[tuple[float, list[float]]]:
     """Values by step, over the steps that every run logged."""
-    tables = [dict(zip(curve["step"], curve["value"], strict=True)) for curve in curves if len(curve)]
+    tables = [dict(line) for line in curves if line]
     steps = sorted(set.intersection(*(set(each) for each in tables))) if tables else []
     return [(step, [each[step] for each in tables]) for step in steps]
 
@@ -147,13 +147,13 @@ def matched(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str)
 
 def _at_levels(run: ChainRun, spec: Spec) -> Iterator[tuple[float, list[float]]]:
     """(level, y of every run at it) over the levels that all runs of the chain pass."""
-    runs = [rows for _, _, rows in distinct_curves(run)]
-    along = [term(rows, spec["x"])["value"] for rows in runs]
+    runs = [each.lines for each in run.distinct_curves]
+    along = [[value for _, value in run_lines.get(spec["x"], ())] for run_lines in runs]
     if not runs or any(len(values) < 2 for values in along):
         return
-    low, high = max(values.iloc[0] for values in along), min(values.max() for values in along)
+    low, high = max(values[0] for values in along), min(max(values) for values in along)
     levels = spec.get("levels") or [low + (high - low) * index / LEVELS for index in range(1, LEVELS + 1)]
     for level in levels:
-        values = [value_at_level(rows, spec["y"], spec["x"], level) for rows in runs]
+        values = [value_at_level(run_lines, spec["y"], spec["x"], level) for run_lines in runs]
         if all(value is not None for value in values):
             yield level, [value for value in values if value is not None]

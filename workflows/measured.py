@@ -22,24 +22,13 @@ from typing import Any
 import pandas as pd
 
 from methods.stage import AssayError
-from workflows import chance, curves
+from workflows import chance
+from workflows.curves import Line, lines, value_at_level
+from workflows.reading import read_curves, read_experiment, read_jobs, read_rows, source_names
 
 COSTS = ("energy", "time", "memory")
 NOT_REACHED = "level not reached"
 _LEVEL = re.compile(r"curve\.(?P<term>[^@]+)@(?P<at>[^=]+)=(?P<level>.+)")
-_CURVES = ("chain", "label", "model_id", "seed", "method", "step", "term", "value")
-_JOBS = (
-    "id",
-    "kind",
-    "label",
-    "method",
-    "status",
-    "energy_kwh",
-    "energy_source",
-    "update_lost_in_saving",
-    "stale",
-    "chains",
-)
 
 
 @dataclass(frozen=True)
@@ -105,6 +94,15 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """What one model's last stage logged, by term."""
+
+    seed: str
+    model_id: str
+    lines: Mapping[str, Line]
+
+
+@dataclass(frozen=True)
 class ChainRun:
     """One chain of one folder: name, label, method of the last stage, swept options, rows by seed."""
 
@@ -128,6 +126,30 @@ class ChainRun:
         """The chain's name without the member's sweep: ``pruned`` of ``pruned[sparsity=0.5]``."""
         return self.name.partition("[")[0]
 
+    @cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as plain mappings."""
+        return [{str(key): value for key, value in row.items()} for row in self.rows.to_dict("records")]
+
+    @cached_property
+    def has_numbers(self) -> bool:
+        """Whether anything about the chain was measured."""
+        return any(row["status"] == "ok" for row in self.records)
+
+    @cached_property
+    def distinct_curves(self) -> list[Curve]:
+        """The curve of every distinct model of the chain; only its last stage's is in curves.csv."""
+        found: dict[str, Curve] = {}
+        for (seed, model), rows in self.curves.groupby(["seed", "model_id"], sort=False):
+            if model not in found:
+                found[model] = Curve(seed, model, lines(rows[["step", "term", "value"]].to_dict("records")))
+        return list(found.values())
+
+    @cached_property
+    def terms(self) -> set[str]:
+        """Everything that any of the chain's curves logged."""
+        return {term for curve in self.distinct_curves for term in curve.lines}
+
 
 @dataclass
 class Measured:
@@ -141,14 +163,14 @@ class Measured:
     @classmethod
     def read(cls, folders: Sequence[Path]) -> Measured:
         """Read the four files of every folder. Raises ``AssayError`` naming a missing or broken one."""
-        names = _source_names(folders)
+        names = source_names(folders)
         tables = {name: [] for name in ("results", "jobs", "curves")}  # type: dict[str, list[pd.DataFrame]]
         for folder, source in zip(folders, names, strict=True):
             tables["results"].append(read_rows(folder / "results.csv").assign(source=source))
-            tables["jobs"].append(_optional(folder / "jobs.csv", _JOBS).assign(source=source))
-            tables["curves"].append(_curves(folder / "curves.csv").assign(source=source))
+            tables["jobs"].append(read_jobs(folder / "jobs.csv").assign(source=source))
+            tables["curves"].append(read_curves(folder / "curves.csv").assign(source=source))
         frames = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
-        experiments = {name: _experiment(folder) for folder, name in zip(folders, names, strict=True)}
+        experiments = {name: read_experiment(folder) for folder, name in zip(folders, names, strict=True)}
         return cls(**frames, experiments=experiments)
 
     @cached_property
@@ -209,18 +231,16 @@ class Measured:
         """The chain's distinct results in a column."""
         if column.at:
             return _curve_cell(run, column)
-        rows = run.rows[run.rows["entry"] == column.entry]
-        wanted = rows[(rows["metric"] == column.metric) & (rows["task"] == column.task)]
-        there = wanted[(wanted["status"] == "ok") & wanted["value"].notna()]
-        about = rows["metric"].isin(["", column.metric]) & rows["task"].isin(["", column.task])
-        lost = rows[(rows["status"] != "ok") & (about | rows["entry"].isin(COSTS))]
-        if rows.empty and not (run.rows["status"] == "ok").any():
-            lost = run.rows
+        rows = [row for row in run.records if row["entry"] == column.entry]
+        about = [row for row in rows if _is_about(row, column)]
+        lost = [row for row in about if row["status"] != "ok"] if rows or run.has_numbers else run.records
+        there = [row for row in about if row["status"] == "ok" and row["metric"] == column.metric]
         samples: dict[str, Sample] = {}
-        for row in there.to_dict("records"):
-            stderr = None if math.isnan(row["stderr"]) else row["stderr"]
-            samples.setdefault(_identity(row), Sample(row["seed"], _identity(row), row["value"], stderr))
-        return Cell(tuple(samples.values()), _statuses(lost), tuple(dict.fromkeys(there["unit"])))
+        for row in there:
+            samples.setdefault(_identity(row), _sample(row))
+        return Cell(
+            tuple(samples.values()), _statuses(lost), tuple(dict.fromkeys(row["unit"] for row in there))
+        )
 
 
 def names_chain(word: str, run: ChainRun) -> bool:
@@ -228,84 +248,11 @@ def names_chain(word: str, run: ChainRun) -> bool:
     return word in (run.name, run.group) or fnmatchcase(run.label, word) or fnmatchcase(run.name, word)
 
 
-# --- reading ----------------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path) -> pd.DataFrame:
-    """A results table: text columns as text, ``value`` and ``stderr`` as numbers (nan where empty)."""
-    if not path.is_file():
-        raise AssayError(f"{path}: there is no such results table; draw a report from a folder that has one.")
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    needed = ("chain", "label", "seed", "evaluation", "entry", "task", "metric", "value", "status")
-    lacking = [name for name in needed if name not in frame]
-    if lacking:
-        raise AssayError(f"{path}: this is no results table; it has no column {', '.join(lacking)}.")
-    for name in (
-        "experiment",
-        "model_id",
-        "score_id",
-        "base",
-        "family",
-        "method",
-        "options",
-        "swept",
-        "unit",
-        "better",
-        "stderr",
-    ):
-        if name not in frame:
-            frame[name] = ""
-    for name in ("value", "stderr"):
-        frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(float)
-    return frame
-
-
-def _optional(path: Path, needed: Sequence[str]) -> pd.DataFrame:
-    """A table that an interrupted experiment may not have yet."""
-    empty = not path.is_file() or path.stat().st_size < 2
-    frame = pd.DataFrame() if empty else pd.read_csv(path, dtype=str, keep_default_na=False)
-    for name in needed:
-        if name not in frame:
-            frame[name] = pd.Series([""] * len(frame), dtype=object)
-    return frame
-
-
-def _curves(path: Path) -> pd.DataFrame:
-    frame = _optional(path, _CURVES)
-    for name in ("step", "value"):
-        frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(float)
-    return frame
-
-
-def _experiment(folder: Path) -> dict[str, Any]:
-    path = folder / "experiment.json"
-    try:
-        experiment = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AssayError(
-            f"{path}: there is no such file; a report needs the resolved experiment beside results.csv."
-        ) from None
-    except json.JSONDecodeError as error:
-        raise AssayError(f"{path}: this is no JSON (line {error.lineno}).") from None
-    return dict(experiment)
-
-
-def _source_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, with their parents' where two are called the same."""
-    paths = [Path(folder).resolve() for folder in folders]
-    depth = 1
-    while len({path.parts[-depth:] for path in paths}) < len(set(paths)):
-        depth += 1
-    if len(set(paths)) < len(paths):
-        raise AssayError("The same results folder is given twice.")
-    return ["/".join(path.parts[-depth:]) for path in paths]
+# --- references -------------------------------------------------------------------------------------------
 
 
 def _mapping(text: str) -> dict[str, Any]:
     return dict(json.loads(text)) if text else {}
-
-
-# --- references -------------------------------------------------------------------------------------------
 
 
 def _matching(rows: pd.DataFrame, rest: str) -> list[Column]:
@@ -351,9 +298,25 @@ def _identity(row: Mapping[str, Any]) -> str:
     return str(identity or f"seed {row['seed']}")
 
 
-def _statuses(rows: pd.DataFrame) -> dict[str, int]:
-    seeds = rows[["seed", "status"]].drop_duplicates()
-    return dict(sorted(Counter(seeds["status"]).items()))
+def _is_about(row: Mapping[str, Any], column: Column) -> bool:
+    """Whether a row of the column's entry has its number, or says why there is none."""
+    if row["status"] == "ok":
+        return bool(
+            row["metric"] == column.metric and row["task"] == column.task and not math.isnan(row["value"])
+        )
+    return column.is_cost or (row["metric"] in ("", column.metric) and row["task"] in ("", column.task))
+
+
+def _sample(row: Mapping[str, Any]) -> Sample:
+    stderr = None if math.isnan(row["stderr"]) else row["stderr"]
+    return Sample(row["seed"], _identity(row), row["value"], stderr)
+
+
+def _statuses(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """How many seeds ended in which way."""
+    return dict(
+        sorted(Counter(status for _, status in {(row["seed"], row["status"]) for row in rows}).items())
+    )
 
 
 # --- curves ---------------------------------------------------------------------------------------------
@@ -361,20 +324,11 @@ def _statuses(rows: pd.DataFrame) -> dict[str, int]:
 
 def _curve_cell(run: ChainRun, column: Column) -> Cell:
     """One sample for every distinct run that reaches the level; the others say that they do not."""
-    if not {column.metric, column.at} <= set(run.curves["term"]):
-        scored = (run.rows["status"] == "ok").any()
-        return Cell() if scored else Cell(statuses=_statuses(run.rows))
+    if not {column.metric, column.at} <= run.terms:
+        return Cell() if run.has_numbers else Cell(statuses=_statuses(run.records))
     samples, unreached = [], 0
-    for seed, model, rows in distinct_curves(run):
-        value = curves.value_at_level(rows, column.metric, column.at, column.level)
+    for curve in run.distinct_curves:
+        value = value_at_level(curve.lines, column.metric, column.at, column.level)
         unreached += value is None
-        samples += [] if value is None else [Sample(seed, model, value)]
+        samples += [] if value is None else [Sample(curve.seed, curve.model_id, value)]
     return Cell(tuple(samples), {NOT_REACHED: unreached} if unreached else {})
-
-
-def distinct_curves(run: ChainRun) -> list[tuple[str, str, pd.DataFrame]]:
-    """(seed, model id, rows) of every distinct model of the chain: the curve of its last stage."""
-    first = run.curves.drop_duplicates("model_id")
-    own = run.curves
-    return [(seed, model, own[(own["model_id"] == model) & (own["seed"] == seed)])
-            for seed, model in zip(first["seed"], first["model_id"], strict=True)]  # fmt: skip

@@ -176,6 +176,8 @@ class Plan:
 
 def build(experiment: Experiment, settings: Settings) -> Plan:
     """The plan of an experiment. Raises ``AssayError`` with a sentence for anything that cannot be run."""
+    if settings.smoke:
+        experiment = experiment.model_copy(update={"seeds": experiment.seeds[:1]})
     builder = _Builder(experiment, settings)
     plan = Plan(experiment, settings, builder.jobs)
     for chain in experiment.chains:
@@ -297,6 +299,8 @@ class _Builder:
         return self._at_step(self.point(member.origin, self._seed(first, seed)), first)
 
     def _seed(self, name: Name, seed: int) -> int:
+        if self.settings.smoke:
+            return seed
         if name.seed is not None and name.seed not in self.experiment.seeds:
             there = ", ".join(map(str, self.experiment.seeds))
             raise AssayError(
@@ -462,7 +466,9 @@ class _Builder:
         for text in evaluation.of if evaluation.of is not None else list(self.experiment.chains):
             name = notation.parse_name(text)
             self._known(name)
-            seeds = self.experiment.seeds if name.seed is None else [self._seed(name, 0)]
+            seeds = (
+                self.experiment.seeds if name.seed is None else [self._seed(name, self.experiment.seeds[0])]
+            )
             members: list[Member | None] = (
                 [None] if name.text in self.experiment.models else list(self.pinned(name))
             )

@@ -66,7 +66,9 @@ def _check_loads(job: Job, folder: Path) -> None:
 def _check_speech(job: Job, parent: Path, folder: Path) -> None:
     for name in SPEECH:
         if (parent / name).is_file() and not _same_bytes(parent / name, folder / name):
-            raise AssayError(f"{job.method} changed {name}: how a model is spoken to travels with it byte for byte.")
+            raise AssayError(
+                f"{job.method} changed {name}: how a model is spoken to travels with it byte for byte."
+            )
 
 
 def _same_bytes(one: Path, other: Path) -> bool:

@@ -24,7 +24,7 @@ from methods.stage import AssayError, Interrupted, NotFinite, Row, Scoring, Stag
 from workflows import code, machine, promises
 from workflows.account import Account
 from workflows.claim import Claim
-from workflows.lease import lease, visible_cards
+from workflows.lease import cards_for, lease
 from workflows.options import decode_config
 from workflows.record import (
     Failure,
@@ -47,16 +47,12 @@ def run(job_id: str, results: Path, receipt: Path | None) -> None:
     store = Store(results)
     prepare_environment(read_job(store.job(job_id)).threads)
     ids = _batch(job_id, receipt)
-    with lease(_cards(read_job(store.job(job_id)))):
+    job = read_job(store.job(job_id))
+    with lease(cards_for(job.resources, job.smoke)):
         _run_all(store, ids)
     if receipt is not None:
         receipt.parent.mkdir(parents=True, exist_ok=True)
         receipt.touch()
-
-
-def _cards(job: Job) -> int:
-    """Cards the job was promised: as its experiment says, else one where there is one."""
-    return int(job.resources.get("gpu", min(1, len(visible_cards()))))
 
 
 def _run_all(store: Store, ids: list[str]) -> None:
@@ -133,6 +129,7 @@ class _Attempt:
         self._check_code()
         self._check_parents()
         self.temporary = self.store.result(self.job.id).with_name(f"{self.job.id}.tmp-{uuid.uuid4().hex[:8]}")
+        self._remove_abandoned()
         self.temporary.mkdir(parents=True)
         self.account = Account(self.store.scratch(self.job.id), self.job.country, str(self.store.root))
         try:
@@ -183,6 +180,17 @@ class _Attempt:
                 open_result(self.store, parent.id)
             if not folder.is_dir():
                 raise AssayError(f"{folder} is not there; run snakemake again to make it.")
+
+    def _remove_abandoned(self) -> None:
+        """Remove what killed attempts at this job left. Renamed first: an attempt that lives after all can then
+        publish nothing half-removed, because its own name is gone."""
+        for left in self.temporary.parent.glob(f"{self.job.id}.tmp-*"):
+            aside = left.with_name(f"{self.job.id}.tmp-gone-{uuid.uuid4().hex[:8]}")
+            try:
+                os.rename(left, aside)
+            except FileNotFoundError:
+                continue  # an attempt elsewhere has just ended
+            shutil.rmtree(aside, ignore_errors=True)
 
     def _seed(self) -> None:
         import numpy

@@ -291,10 +291,9 @@ def _losses(start: Verdict, own: Cell, theirs: Cell | None) -> list[str]:
     """What is missing of either side: failed runs, levels that were not reached."""
     sides = [(start.subject, own), (start.other, theirs)]
     return [
-        f"{name}: {status} ({count})"
+        f"{name}: " + ", ".join(f"{status} ({count})" for status, count in cell.statuses.items())
         for name, cell in sides
-        if cell
-        for status, count in cell.statuses.items()
+        if cell and cell.statuses
     ]
 
 

@@ -73,12 +73,14 @@ def start(words: list[str], log: Path, environment: Mapping[str, str] | None = N
 
 
 def members(group: int) -> Iterator[tuple[int, str]]:
-    """Process numbers and command lines of a process group, as far as this user can see them."""
+    """Process numbers and command lines of a process group's living members, as far as this user can see them."""
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             try:
-                if os.getpgid(int(entry.name)) == group:
-                    yield int(entry.name), Path(entry.path, "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                line = Path(entry.path, "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                # an ended process that nobody has asked about yet has no command line
+                if os.getpgid(int(entry.name)) == group and line:
+                    yield int(entry.name), line
             except OSError:
                 continue  # it has ended meanwhile
 

@@ -1,0 +1,559 @@
+"""Runs any method or evaluation in this process as the runner does, on a two-layer model of 14 thousand weights.
+
+The generic tests find methods, components and evaluations by themselves. What a new one may need here is an entry in
+``NEEDS`` (an option without a default) or in ``SECOND`` (a second value of an option whose type does not suggest one).
+
+``python -m tests.generic --write`` renews ``tests/numbers.json``.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import hashlib
+import importlib
+import itertools
+import json
+import random
+import sys
+import tempfile
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from methods.find import Found, catalogue
+from methods.stage import AssayError, Component, Parent, Row, Scoring, Stage
+from workflows import code, promises
+from workflows.notation import Call, Name, Value, format_value
+from workflows.options import OptionField, Resolved, decode_config, encode_config, fields_of, resolve
+from workflows.record import Job, ParentRef, Store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from methods.checkpoint import Models
+
+NUMBERS = Path(__file__).with_name("numbers.json")
+FORGET = "authors/forget10[0:8]"
+RETAIN = "authors/retain90[0:6]+authors/facts[0:4]"
+DATA = f"{RETAIN}+{FORGET}"
+OTHER_DATA = "authors/retain90[20:32]"
+STEPS = 5
+
+# Options of every run, wherever a method, component or evaluation has them.
+SMALL: dict[str, Value] = {
+    "steps": STEPS, "batch": 4, "log_every": 1, "context_tokens": 64, "precision": "float32", "data": DATA,
+    "forget": FORGET, "retain": RETAIN, "optimizer": Call("adamw", (("learning_rate", 0.003),)), "sequences": 4,
+    "limit": 4, "generate": 2, "max_new_tokens": 4, "prompt_tokens": 8, "new_tokens": 4, "repeats": 2, "seconds": 0.005,
+}  # fmt: skip
+
+# What one of them cannot do without, beside a data set or a model.
+NEEDS: dict[str, dict[str, Value]] = {
+    "prune.magnitude": {"sparsity": 0.5},
+    "prune.wanda": {"sparsity": 0.5},
+    "lm_eval": {"tasks": ("authors_forget",)},
+}
+
+# What keeps one of them small or lets it be felt, where the table above does not.
+SMALL_OF: dict[str, dict[str, Value]] = {
+    "model.new": {"hidden": 16, "heads": 4, "kv_heads": 2, "mlp": 64, "vocabulary": 384, "tokenizer": "authors/full"},
+    "perplexity": {"data": "authors/text[0:20]"},
+    "optimizer.adamw": {"learning_rate": 0.003},
+    "optimizer.sgd": {"learning_rate": 0.1},
+    "head.euclidean": {"exponent": 4.0},
+    "head.cosine": {"exponent": 4.0},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Change:
+    """A second value of an option; the other options and the model with which the two values are compared."""
+
+    value: Value
+    beside: Mapping[str, Value] = field(default_factory=dict)
+    parent: str = "whole"
+
+
+# Second values for options whose type suggests none, or which count only beside another: by name or full name.
+SECOND: dict[str, Change] = {
+    "data": Change(OTHER_DATA),
+    "forget": Change("authors/forget10[8:16]"),
+    "retain": Change(OTHER_DATA),
+    "epochs": Change(2.0, {"steps": None, "epochs": 1.0}),
+    "precision": Change("bfloat16"),
+    "saved": Change("bfloat16"),
+    "clip": Change(0.01),
+    "context_tokens": Change(36),
+    "keep_zeros": Change(False, parent="sparse"),
+    "probe": Change(("retain=authors/retain90[0:2]",)),
+    "checkpoints": Change((2,)),
+    "loss": Change(Call("cross_entropy", (("label_smoothing", 0.1),))),
+    "scale_by_temperature": Change(False, {"temperature": 2.0}),
+    "pattern": Change("2:4", {"sparsity": None, "pattern": "1:4"}),
+    "warmup_steps": Change(2),
+    "targets": Change(("q_proj",)),
+    "model.new:tokenizer": Change("authors/facts"),
+    "model.smoke:stands_for": Change("somebody/model"),
+    "perplexity:data": Change("authors/text_holdout[0:20]"),
+    "perplexity:stride_tokens": Change(32),
+    "tofu:split": Change("forget05"),
+    "lm_eval:tasks": Change(("authors_retain",)),
+    "speed:seconds": Change(0.1),
+}
+
+# Options of evaluations that may only move the last bits, and are no How because on a card they do.
+LAST_BITS = ("batch",)
+
+
+# --- the models ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """The folders of the models that everything is tried on, and a place for what comes out."""
+
+    folder: Path
+    _counter: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def parents(self) -> dict[str, Path]:
+        """``whole`` has learnt its rows, ``sparse`` is the same with zeros, ``other`` has learnt less."""
+        return {name: self.folder / name for name in ("whole", "sparse", "other")}
+
+    def fresh(self) -> Path:
+        """An empty folder."""
+        path = self.folder / f"run-{next(self._counter)}"
+        path.mkdir()
+        return path
+
+
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+
+
+@cache
+def world() -> World:
+    """The models, made once a process. They learn in float64, so that they are the same on every machine."""
+    _KEPT.append(tempfile.TemporaryDirectory(prefix="assay-generic-", ignore_cleanup_errors=True))
+    made = World(Path(_KEPT[-1].name))
+    start = run("model.new", made, check=False).folder / "model"
+    _teach(start, made.parents)
+    return made
+
+
+def _teach(start: Path, targets: Mapping[str, Path]) -> None:
+    """Learn ``DATA`` by heart, then zero the smallest weights of every projection."""
+    import torch
+
+    from methods.checkpoint import load_model, save_model
+    from methods.terms import answer_nll, forward
+
+    def keep(name: str) -> None:
+        save_model(copy.deepcopy(model).float(), targets[name], start, "float32")
+
+    model, part = load_model(start, device="cpu", train=True).double(), part_of(start, DATA)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    for step in range(60):
+        term = answer_nll(part, forward(model, part))
+        optimizer.zero_grad()
+        (term.sum / term.count).backward()
+        optimizer.step()
+        if step == 29:
+            keep("other")
+    keep("whole")
+    _zero(model, 0.3)
+    keep("sparse")
+
+
+def _zero(model: Any, share: float) -> None:
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name:
+                limit = weight.abs().flatten().kthvalue(int(weight.numel() * share)).values
+                weight.masked_fill_(weight.abs() <= limit, 0.0)
+
+
+def part_of(folder: Path, data: str) -> Any:
+    """All rows of a data set as one batch."""
+    from methods.checkpoint import load_tokenizer
+    from methods.data import Locator, Style, collate, encode, padding_id
+
+    tokenizer = load_tokenizer(folder)
+    rows = encode(Locator().rows(data), tokenizer, Style.read(folder), 64)
+    return collate(rows, padding_id(tokenizer), "train")
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """The saved weights of a model by name."""
+    from safetensors.torch import load_file
+
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def nll(folder: Path, data: str) -> float:
+    """Nats per answer token."""
+    import torch
+
+    from methods.checkpoint import load_model
+    from methods.terms import answer_nll, forward
+
+    model = load_model(folder, device="cpu")
+    with torch.no_grad():
+        term = answer_nll(part_of(folder, data), forward(model, part_of(folder, data)))
+    return float(term.sum / term.count)
+
+
+# --- a run ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage left: its folder, its notes, and the states in its scratch folder."""
+
+    name: str
+    config: Any
+    folder: Path
+    notes: Mapping[str, Any]
+    scratch: Path
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of ``model/`` by name."""
+        return tensors(self.folder / "model")
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Digests of everything that was written."""
+        written = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
+        return {
+            path.relative_to(self.folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in written
+        }
+
+    @cached_property
+    def curve(self) -> dict[str, list[float]]:
+        """Values by term, in the order of the steps; learning rate and gradient norm are left out."""
+        path = self.folder / "curve.csv"
+        terms: dict[str, list[float]] = {}
+        if path.is_file():
+            with open(path, encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    terms.setdefault(row["term"], []).append(float(row["value"]))
+        return {
+            name: values for name, values in terms.items() if name not in ("learning_rate", "gradient_norm")
+        }
+
+    @property
+    def result(self) -> tuple[Any, ...]:
+        """All that can be seen of it from outside."""
+        return self.files, self.notes
+
+    def same_weights(self, other: Outcome, tolerance: float = 0.0) -> bool:
+        """Whether two models have the same weights: bit for bit, or up to ``tolerance``."""
+        if self.weights.keys() != other.weights.keys():
+            return False
+        pairs = [(self.weights[name], other.weights[name]) for name in self.weights]
+        return all(
+            one.shape == two.shape and float((one.double() - two.double()).abs().max()) <= tolerance
+            for one, two in pairs
+        )
+
+
+def run(
+    name: str,
+    at: World | None = None,
+    *,
+    seed: int = 0,
+    parent: str = "whole",
+    check: bool = True,
+    **options: Value,
+) -> Outcome:
+    """Run a method with ``options`` beside the small ones, and check the runner's promises.
+
+    Args:
+        parent: which of the world's models it starts from; a reference option names the same way.
+    """
+    at = at or world()
+    found = catalogue().method(name)
+    config = through_json(resolved(found, small_options(found) | options))
+    folder = at.fresh()
+    parents = {
+        **references(config, at),
+        **({} if found.family in ("model", "data") else {"model": at.parents[parent]}),
+    }
+    _seed(seed)
+    stage = Stage(method=name, **_common(found, config, seed, parents, folder))
+    module = found.load()
+    if hasattr(module, "run"):
+        module.run(stage)
+    else:
+        importlib.import_module(f"methods.{found.family}").run(stage, module)
+    if check:
+        promises.check(Store(folder), _job(found, config, parents, seed), stage.folder)
+    return Outcome(name, config, stage.folder, stage.notes, folder / "scratch")
+
+
+@cache
+def usual(name: str, seed: int = 0) -> Outcome:
+    """The run with nothing but the small options, made once a process."""
+    return run(name, seed=seed)
+
+
+def score(name: str, *, seed: int = 0, models: Models | None = None, **options: Value) -> list[Row]:
+    """The rows of an evaluation of the world's ``whole`` model."""
+    from methods.checkpoint import Models
+
+    found, at = catalogue().evaluation(name), world()
+    config = through_json(resolved(found, small_options(found) | options))
+    folder = at.fresh()
+    parents = {**references(config, at), "model": at.parents["whole"]}
+    _seed(seed)
+    common = _common(found, config, seed, parents, folder)
+    scoring = Scoring(evaluation=name, models=models or Models(), **common)
+    return list(found.load().evaluate(scoring))
+
+
+def _common(found: Found, config: Any, seed: int, parents: dict[str, Path], folder: Path) -> dict[str, Any]:
+    """What a stage and a scoring are both given; hub data sets are replaced by the built-in world."""
+    from methods.data import Locator
+    from methods.progress import Progress
+
+    result = folder / "result"
+    result.mkdir()
+    return {
+        "id": f"{found.name}-000000000000", "config": config, "seed": seed, "parents": parents, "folder": result,
+        "progress": Progress(folder / "scratch", seed), "data": Locator(smoke=True),
+    }  # fmt: skip
+
+
+def _job(found: Found, config: Any, parents: Mapping[str, Path], seed: int) -> Job:
+    """As much of a frozen job as the promises look at."""
+    references = {key: ParentRef(id=key, path=str(path)) for key, path in parents.items()}
+    return Job(
+        id=f"{found.name}-000000000000", digest="", recipe="", kind="stage", method=found.name, label=found.name,
+        config=encode_config(config, how=True), parents=references, seed=seed, code={}, content={}, threads=1,
+        country="FRA", resources={},
+    )  # fmt: skip
+
+
+def _seed(seed: int) -> None:
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)  # noqa: NPY002 — as the runner does
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+# --- options -------------------------------------------------------------------------------------------------
+
+
+def needed_options(found: Found) -> dict[str, Value]:
+    """Options without which the planner refuses a call."""
+    options = {}
+    for option in fields_of(found.load().Config):
+        if option.default is dataclasses.MISSING:
+            options[option.name] = Name("other") if option.reference else SMALL.get(option.name)
+    return options | NEEDS.get(found.name, {})
+
+
+def small_options(found: Found) -> dict[str, Value]:
+    """The options of every run of a method, component or evaluation."""
+    names = {option.name for option in fields_of(found.load().Config)}
+    small = {name: value for name, value in SMALL.items() if name in names}
+    return needed_options(found) | small | SMALL_OF.get(found.name, {})
+
+
+def resolved(found: Found, options: Mapping[str, Value]) -> Resolved:
+    """A call with these options alone, as the planner completes and validates it."""
+    call = Call(found.name, tuple(options.items()))
+    return resolve(call, found, catalogue(), lambda _, name: Parent(name.text))
+
+
+def through_json(call: Resolved) -> Any:
+    """The config as a job reads it from its frozen file."""
+    text = json.dumps(encode_config(call.config, how=True), allow_nan=False)
+    return decode_config(type(call.config), json.loads(text))
+
+
+def references(config: Any, at: World) -> dict[str, Path]:
+    """The folders that a config's reference options mean."""
+    named = {
+        option.name: getattr(config, option.name) for option in fields_of(type(config)) if option.reference
+    }
+    return {name: at.parents[value.id] for name, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One option of one file, with a second value: ``unlearn.npo beta=0.2``."""
+
+    found: Found
+    option: OptionField
+    change: Change
+
+    def __str__(self) -> str:
+        return f"{self.found.name} {self.option.name}={format_value(self.change.value)}"
+
+
+def cases(found: Found) -> list[Case]:
+    """A case for every option; for a Literal one for each of its other values."""
+    return [
+        Case(found, option, change)
+        for option in fields_of(found.load().Config)
+        for change in changes(found, option)
+    ]
+
+
+def changes(found: Found, option: OptionField) -> list[Change]:
+    """Second values: from the table, every other value of a Literal, or the first valid guess by type."""
+    listed = SECOND.get(f"{found.name}:{option.name}") or SECOND.get(option.name)
+    if listed is not None:
+        return [listed]
+    now = small_options(found).get(option.name, option.default)
+    choices = [choice for hint in parts_of(option.hint) for choice in literals(hint)]
+    if choices:
+        return [Change(choice) for choice in choices if choice != now]
+    for value in guesses(option, now):
+        if fits(found, {option.name: value}):
+            return [Change(value)]
+    raise AssertionError(
+        f"no second value of {option.name} for {found.name} comes to mind: name one in SECOND of tests/generic.py"
+    )
+
+
+def fits(found: Found, options: Mapping[str, Value]) -> bool:
+    """Whether the planner takes these options beside the small ones."""
+    try:
+        resolved(found, small_options(found) | options)
+    except AssayError:
+        return False
+    return True
+
+
+def guesses(option: OptionField, now: Value) -> Iterator[Value]:
+    """Values to try as a second one, by kind and type."""
+    if option.kind is not None and option.kind != "dataset":
+        current = now.name if isinstance(now, (Component, Call)) else None
+        names = (name.partition(".") for name in catalogue().components)
+        yield from (Call(name) for kind, _, name in names if kind == option.kind and name != current)
+    elif option.reference:
+        yield from (Name(name) for name in ("sparse", "other") if Name(name) != now)
+    for kind in parts_of(option.hint):
+        yield from _numbers(kind, now)
+
+
+def _numbers(kind: Any, now: Value) -> Iterator[Value]:
+    """A truth value is turned round, a number moved a little up, else down."""
+    if kind is bool:
+        yield not now
+    elif kind is int:
+        yield from (2, 1) if now is None else (now + 1, now * 2, now - 1, now // 2)
+    elif kind is float:
+        yield from (2.0, 0.5) if now is None else (now * 2, now / 2) if now else (0.1, 1.0)
+
+
+def parts_of(hint: Any) -> Iterator[Any]:
+    """The plain types of a hint: ``Annotated`` taken off, unions taken apart."""
+    if typing.get_origin(hint) is typing.Annotated:
+        yield from parts_of(typing.get_args(hint)[0])
+    elif typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for inner in typing.get_args(hint):
+            yield from parts_of(inner)
+    else:
+        yield hint
+
+
+def literals(hint: Any) -> tuple[Any, ...]:
+    """The values of a Literal."""
+    return typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+
+
+# --- components ----------------------------------------------------------------------------------------------
+
+
+def host(kind: str) -> Found:
+    """A method that takes components of that kind: ``train.sft`` where it does, else the first."""
+    methods = sorted(catalogue().methods.values(), key=lambda found: found.name != "train.sft")
+    return next(found for found in methods if slot(found, kind) is not None)
+
+
+def slot(found: Found, kind: str) -> str | None:
+    """The option of a method that takes components of that kind."""
+    return next((option.name for option in fields_of(found.load().Config) if option.kind == kind), None)
+
+
+def run_component(found: Found, seed: int = 0, parent: str = "whole", **options: Value) -> Outcome:
+    """Run the host method with this component."""
+    method = host(found.family)
+    place = slot(method, found.family)
+    assert place is not None
+    call = Call(found.name.partition(".")[2], tuple((small_options(found) | options).items()))
+    return run(method.name, seed=seed, parent=parent, **{place: call})
+
+
+@cache
+def usual_component(name: str) -> Outcome:
+    """The run of a component with nothing but the small options, made once a process."""
+    return run_component(catalogue().components[name])
+
+
+# --- numbers -------------------------------------------------------------------------------------------------
+
+
+def numbers_of(name: str) -> dict[str, Any]:
+    """Five losses (the sum of all terms after each step) and a checksum of the weights; and the code they come from."""
+    outcome = usual(name)
+    losses = [sum(values) for values in zip(*outcome.curve.values(), strict=True)]
+    return {"losses": losses, "checksum": checksum(outcome.weights), **code_of(name)}
+
+
+def checksum(weights: Mapping[str, Tensor]) -> float:
+    """Sizes of all weights, added up with factors from 1 to 2 so that changing places shows."""
+    import torch
+
+    total = 0.0
+    for name in sorted(weights):
+        flat = weights[name].double().abs().flatten()
+        total += float((flat * (1 + torch.arange(len(flat)) % 7 / 7)).sum())
+    return total
+
+
+def code_of(name: str) -> dict[str, Any]:
+    """Digests of the method's and its components' files, and the revision of each shared piece, as in a job's id."""
+    found = catalogue().method(name)
+    call = resolved(found, small_options(found))
+    uses = {use for piece in (found, *call.components) for use in getattr(piece.load(), "USES", ())}
+    shared = {f"methods.{found.family}", *uses}
+    digests = code.code_of(found, call.components, ())
+    return {"code": digests, "revisions": {module: code.revision(module) for module in sorted(shared)}}
+
+
+def read_numbers() -> dict[str, Any]:
+    """``tests/numbers.json``: by method name."""
+    numbers: dict[str, Any] = json.loads(NUMBERS.read_text(encoding="utf-8")) if NUMBERS.is_file() else {}
+    return numbers
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m tests.generic --write``."""
+    if arguments != ["--write"]:
+        print("usage: python -m tests.generic --write", file=sys.stderr)
+        return 2
+    numbers = {name: numbers_of(name) for name in sorted(catalogue().methods)}
+    NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    print(f"{NUMBERS} has the numbers of {len(numbers)} methods.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

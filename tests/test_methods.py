@@ -1,0 +1,213 @@
+"""Every method, found by where its file lies: its form, that it does its work, and that every option is live.
+
+A new method is tested without a line here; ``tests/generic.py`` says what it may need.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+from typing import Any
+
+import pytest
+
+from methods.find import Found, catalogue
+from methods.loop import Training
+from tests.generic import (
+    DATA,
+    FORGET,
+    Case,
+    Outcome,
+    cases,
+    needed_options,
+    nll,
+    resolved,
+    run,
+    tensors,
+    usual,
+    world,
+)
+from workflows import code
+from workflows.notation import Call, Name
+from workflows.options import fields_of
+
+METHODS = list(catalogue().methods.values())
+COMPONENTS = list(catalogue().components.values())
+EVALUATIONS = list(catalogue().evaluations.values())
+CASES = [case for method in METHODS for case in cases(method)]
+SHARED = {field.name for field in dataclasses.fields(Training)}
+GRADIENT = [method for method in METHODS if issubclass(method.load().Config, Training)]
+DESCENT = Call("sgd", (("learning_rate", 0.1), ("momentum", 0.0)))
+CITATION = re.compile(r'et al\.|"[A-Z][^"]+"|arXiv|[A-Za-z][\w-]+/[A-Za-z][\w.-]+')
+
+
+def name_of(found: Found) -> str:
+    return found.name
+
+
+def of_family(*families: str) -> list[Found]:
+    return [method for method in METHODS if method.family in families]
+
+
+def options_of(method: Found) -> set[str]:
+    return {option.name for option in fields_of(method.load().Config)}
+
+
+# --- form ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("found", [*METHODS, *COMPONENTS, *EVALUATIONS], ids=name_of)
+def test_the_config_is_a_frozen_dataclass(found: Found) -> None:
+    config = found.load().Config
+    assert dataclasses.is_dataclass(config)
+    assert config.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("found", [*METHODS, *COMPONENTS, *EVALUATIONS], ids=name_of)
+def test_a_comment_stands_above_each_option(found: Found) -> None:
+    bare = [name for owner in found.load().Config.__mro__[:-1] for name in options_without_comment(owner)]
+    assert bare == []
+
+
+def options_without_comment(owner: type) -> list[str]:
+    lines = textwrap.dedent(inspect.getsource(owner)).splitlines()
+    body = ast.parse("\n".join(lines)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    stated = (item for item in body.body if isinstance(item, ast.AnnAssign))
+    return [
+        ast.unparse(item.target) for item in stated if not lines[item.lineno - 2].lstrip().startswith("#")
+    ]
+
+
+@pytest.mark.parametrize("found", [*METHODS, *COMPONENTS], ids=name_of)
+def test_the_text_says_where_it_comes_from(found: Found) -> None:
+    assert CITATION.search(" ".join((found.load().__doc__ or "").split()))
+
+
+@pytest.mark.parametrize("found", EVALUATIONS, ids=name_of)
+def test_an_evaluation_says_what_it_measures(found: Found) -> None:
+    assert len((found.load().__doc__ or "").strip()) > 80
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+def test_a_method_says_whether_it_draws_random_numbers(method: Found) -> None:
+    assert type(method.load().SEEDED) is bool
+
+
+@pytest.mark.parametrize("found", [*METHODS, *COMPONENTS, *EVALUATIONS], ids=name_of)
+def test_what_it_uses_has_a_revision(found: Found) -> None:
+    family = [f"methods.{found.family}"] if found in METHODS else []
+    for module in (*getattr(found.load(), "USES", ()), *family):
+        assert code.revision(module) >= 1
+
+
+@pytest.mark.parametrize("found", [*METHODS, *COMPONENTS, *EVALUATIONS], ids=name_of)
+def test_the_defaults_are_valid(found: Found) -> None:
+    call = resolved(found, needed_options(found))
+    assert dataclasses.is_dataclass(call.config)
+
+
+# --- it does its work --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", of_family("unlearn"), ids=name_of)
+def test_unlearning_raises_the_loss_on_what_is_to_be_forgotten(method: Found) -> None:
+    outcome = run(method.name, optimizer=Call("adamw", (("learning_rate", 0.01),)), batch=8)
+    assert nll(outcome.folder / "model", FORGET) > nll(world().parents["whole"], FORGET) + 0.2
+
+
+@pytest.mark.parametrize("method", of_family("train", "distill"), ids=name_of)
+def test_every_term_that_is_trained_falls(method: Found) -> None:
+    teacher = {"teacher": Name("whole")} if "teacher" in options_of(method) else {}
+    outcome = run(method.name, parent="other", batch=18, **teacher)
+    assert outcome.curve
+    for name, values in outcome.curve.items():
+        assert values[-1] < 0.98 * values[0], name
+    assert nll(outcome.folder / "model", DATA) < nll(world().parents["other"], DATA)
+
+
+@pytest.mark.parametrize("method", of_family("prune"), ids=name_of)
+def test_pruning_meets_the_budget_exactly(method: Found) -> None:
+    outcome = usual(method.name)
+    matrices = {name: weight for name, weight in outcome.weights.items() if "proj" in name}
+    assert len(matrices) == 14
+    assert outcome.notes["nonzero_after"] < outcome.notes["nonzero_before"]
+    if "sparsity" in options_of(method):
+        wanted = outcome.config.sparsity
+        assert {
+            name: float((weight == 0).double().mean()) for name, weight in matrices.items()
+        } == dict.fromkeys(matrices, wanted)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+def test_the_runner_takes_what_was_written(method: Found) -> None:
+    """``run`` checks the runner's promises: the model loads, is finite, and is spoken to as before."""
+    outcome = usual(method.name)
+    kind = getattr(method.load(), "RESULT", "model")
+    assert any((outcome.folder / kind).iterdir())
+
+
+# --- promises ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", GRADIENT, ids=name_of)
+def test_zeros_stay_zeros(method: Found) -> None:
+    outcome, before = run(method.name, parent="sparse"), tensors(world().parents["sparse"])
+    zeros = {name: weight == 0 for name, weight in before.items() if "proj" in name}
+    assert sum(int(mask.sum()) for mask in zeros.values()) > 2000
+    assert all(bool((outcome.weights[name][mask] == 0).all()) for name, mask in zeros.items())
+    assert all(not outcome.weights[name].equal(before[name]) for name in zeros)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+def test_the_same_seed_gives_the_same_bits(method: Found) -> None:
+    if not getattr(method.load(), "DETERMINISTIC", True):
+        pytest.skip(f"{method.name} says that it cannot")
+    assert run(method.name).result == usual(method.name).result
+
+
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
+def test_another_seed_gives_another_result_if_and_only_if_the_method_is_seeded(method: Found) -> None:
+    assert (usual(method.name, seed=1).files != usual(method.name).files) == method.load().SEEDED
+
+
+def variants() -> list[Any]:
+    """Every gradient method as it is, and with a second value of each option of its own."""
+    plain = [pytest.param(method, {}, id=method.name) for method in GRADIENT]
+    own = [case for case in CASES if case.found in GRADIENT and case.option.name not in SHARED]
+    return plain + [
+        pytest.param(case.found, {**case.change.beside, case.option.name: case.change.value}, id=str(case))
+        for case in own
+        if case.option.kind != "dataset" and not case.option.reference
+    ]
+
+
+@pytest.mark.parametrize(("method", "options"), variants())
+def test_micro_batches_of_unequal_lengths_change_nothing(method: Found, options: dict[str, Any]) -> None:
+    """Along the gradient itself: AdamW would turn the rounding of a gradient near 0 into a whole step."""
+    whole = run(method.name, optimizer=DESCENT, check=False, **options)
+    for micro_batch in (2, 1):
+        pieces = run(method.name, optimizer=DESCENT, micro_batch=micro_batch, check=False, **options)
+        assert pieces.same_weights(whole, tolerance=1e-6), micro_batch
+
+
+# --- options -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_option_is_live(case: Case) -> None:
+    """A second value changes the result; one of an option that says how a job runs leaves the weights as they are."""
+    name, change = case.found.name, case.change
+    beside = dict(change.beside) | ({"optimizer": DESCENT} if case.option.how else {})
+    if beside or change.parent != "whole":
+        before: Outcome = run(name, parent=change.parent, check=False, **beside)
+    else:
+        before = usual(name)
+    after = run(name, parent=change.parent, **beside | {case.option.name: change.value})
+    if case.option.how:
+        assert after.same_weights(before, tolerance=1e-6)
+    else:
+        assert after.result != before.result
