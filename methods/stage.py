@@ -112,7 +112,8 @@ class Claim:
     ``curve.<term>@<term>=<level>``: the first term where the second first passes the level, interpolated.
     ``other`` is compared with the subject by ``relation``; with no ``other``, ``value`` is.
     ``higher``/``lower``: subject is beyond other (by ``margin``). ``at_least``/``at_most``: beyond
-    ``value``. ``within``: the two differ by no more than ``margin``.
+    ``value``. ``within``: the two differ by no more than ``margin``. ``recovers``: of what ``other`` (the broken
+    model) lost against the chain ``intact``, the subject has won back at least the share ``value``.
     Scope ``paper`` is compared only with runs of the published ``model`` and ``data``.
     """
 
@@ -120,8 +121,9 @@ class Claim:
     source: str
     metric: str
     subject: str
-    relation: Literal["higher", "lower", "at_least", "at_most", "within"]
+    relation: Literal["higher", "lower", "at_least", "at_most", "within", "recovers"]
     other: str | None = None
+    intact: str | None = None
     value: float | None = None
     margin: float = 0.0
     scope: Literal["paper", "scaled"] = "scaled"

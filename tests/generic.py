@@ -52,6 +52,9 @@ SMALL: dict[str, Value] = {
     "limit": 4, "generate": 2, "max_new_tokens": 4, "prompt_tokens": 8, "new_tokens": 4, "repeats": 2, "seconds": 0.005,
 }  # fmt: skip
 
+# For comparisons up to rounding: AdamW would turn the rounding of a gradient near 0 into a whole step.
+DESCENT = Call("sgd", (("learning_rate", 0.1), ("momentum", 0.0)))
+
 # What one of them cannot do without, beside a data set or a model.
 NEEDS: dict[str, dict[str, Value]] = {
     "prune.magnitude": {"sparsity": 0.5},
@@ -103,6 +106,7 @@ SECOND: dict[str, Change] = {
     "perplexity:stride_tokens": Change(32),
     "tofu:split": Change("forget05"),
     "lm_eval:tasks": Change(("authors_retain",)),
+    "retain_kl:context_tokens": Change(30),
     "speed:seconds": Change(0.1),
 }
 
@@ -300,10 +304,14 @@ def run(
     return Outcome(name, config, stage.folder, stage.notes, folder / "scratch")
 
 
+def usual(name: str, *, seed: int = 0, parent: str = "whole", **options: Value) -> Outcome:
+    """The same run without the promises, made once a process: what another one is compared with."""
+    return _usual(name, seed, parent, tuple(options.items()))
+
+
 @cache
-def usual(name: str, seed: int = 0) -> Outcome:
-    """The run with nothing but the small options, made once a process."""
-    return run(name, seed=seed)
+def _usual(name: str, seed: int, parent: str, options: tuple[tuple[str, Value], ...]) -> Outcome:
+    return run(name, seed=seed, parent=parent, check=False, **dict(options))
 
 
 def score(name: str, *, seed: int = 0, models: Models | None = None, **options: Value) -> list[Row]:
@@ -434,7 +442,7 @@ def changes(found: Found, option: OptionField) -> list[Change]:
 def fits(found: Found, options: Mapping[str, Value]) -> bool:
     """Whether the planner takes these options beside the small ones."""
     try:
-        resolved(found, small_options(found) | options)
+        resolved(found, small_options(found) | dict(options))
     except AssayError:
         return False
     return True
@@ -492,13 +500,15 @@ def slot(found: Found, kind: str) -> str | None:
     return next((option.name for option in fields_of(found.load().Config) if option.kind == kind), None)
 
 
-def run_component(found: Found, seed: int = 0, parent: str = "whole", **options: Value) -> Outcome:
-    """Run the host method with this component."""
+def run_component(
+    found: Found, *, parent: str = "whole", beside: Mapping[str, Value] | None = None, **options: Value
+) -> Outcome:
+    """Run the host method with this component; ``beside`` are options of the host."""
     method = host(found.family)
     place = slot(method, found.family)
     assert place is not None
     call = Call(found.name.partition(".")[2], tuple((small_options(found) | options).items()))
-    return run(method.name, seed=seed, parent=parent, **{place: call})
+    return run(method.name, parent=parent, **{**(beside or {}), place: call})
 
 
 @cache
@@ -511,10 +521,16 @@ def usual_component(name: str) -> Outcome:
 
 
 def numbers_of(name: str) -> dict[str, Any]:
-    """Five losses (the sum of all terms after each step) and a checksum of the weights; and the code they come from."""
-    outcome = usual(name)
+    """Five losses (the sum of all terms at each step) and a checksum of the weights; and the code they come from."""
+    outcome = usual(name, **descending(catalogue().method(name)))
     losses = [sum(values) for values in zip(*outcome.curve.values(), strict=True)]
     return {"losses": losses, "checksum": checksum(outcome.weights), **code_of(name)}
+
+
+def descending(found: Found) -> dict[str, Value]:
+    """Plain gradient descent where a method takes an optimizer."""
+    takes = any(option.name == "optimizer" for option in fields_of(found.load().Config))
+    return {"optimizer": DESCENT} if takes else {}
 
 
 def checksum(weights: Mapping[str, Tensor]) -> float:
@@ -531,7 +547,7 @@ def checksum(weights: Mapping[str, Tensor]) -> float:
 def code_of(name: str) -> dict[str, Any]:
     """Digests of the method's and its components' files, and the revision of each shared piece, as in a job's id."""
     found = catalogue().method(name)
-    call = resolved(found, small_options(found))
+    call = resolved(found, small_options(found) | descending(found))
     uses = {use for piece in (found, *call.components) for use in getattr(piece.load(), "USES", ())}
     shared = {f"methods.{found.family}", *uses}
     digests = code.code_of(found, call.components, ())

@@ -11,6 +11,7 @@ import pytest
 from methods.find import Found, catalogue
 from methods.stage import Row
 from tests.generic import LAST_BITS, Case, cases, run_component, score, usual_component, world
+from workflows.notation import Call
 
 COMPONENTS = list(catalogue().components.values())
 EVALUATIONS = list(catalogue().evaluations.values())
@@ -28,7 +29,9 @@ def name_of(found: Found) -> str:
 
 @pytest.mark.parametrize("found", COMPONENTS, ids=name_of)
 def test_the_loss_falls_with_it(found: Found) -> None:
-    outcome = run_component(found, parent="other")
+    gently = {"batch": 18, "optimizer": Call("adamw", (("learning_rate", 0.001),))}
+    outcome = run_component(found, parent="other", beside=gently)
+    assert outcome.curve
     for name, values in outcome.curve.items():
         assert values[-1] < values[0], name
 

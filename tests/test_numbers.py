@@ -10,8 +10,8 @@ from methods.find import catalogue
 from tests import generic
 
 METHODS = sorted(catalogue().methods)
-# Rounding differs between machines; with ATEN_CPU_CAPABILITY=default losses differ by less than a tenth of this.
-NOISE = 1e-4
+# Rounding differs between machines, by much less than this. Losses feel a change of a percent anywhere in the loop.
+NOISE = {"losses": 1e-4, "checksum": 1e-5}
 RENEW = "then renew the file with: python -m tests.generic --write"
 
 
@@ -21,7 +21,7 @@ def verdict(name: str, then: dict[str, Any] | None, now: dict[str, Any]) -> str:
         return f"tests/numbers.json has no {name}: renew it with: python -m tests.generic --write"
     if now["revisions"] != then["revisions"]:
         return f"{name}: a REVISION was raised, {RENEW}"
-    moved = [what for what in ("losses", "checksum") if now[what] != pytest.approx(then[what], rel=NOISE)]
+    moved = [what for what, noise in NOISE.items() if now[what] != pytest.approx(then[what], rel=noise)]
     if not moved:
         return ""
     if now["code"] != then["code"]:
@@ -55,7 +55,7 @@ NOW: dict[str, Any] = {
 
 
 def test_rounding_is_no_movement() -> None:
-    assert verdict("a.b", NOW, {**NOW, "losses": [1.0, 2.0001], "checksum": 5.0002}) == ""
+    assert verdict("a.b", NOW, {**NOW, "losses": [1.0, 2.0001], "checksum": 5.00002}) == ""
 
 
 def test_a_moved_number_names_the_revisions_to_raise() -> None:

@@ -36,6 +36,7 @@ def test_a_shipped_experiment_runs_at_smoke_scale(
     described = json.loads((folder / "experiment.json").read_text(encoding="utf-8"))
     assert {row["chain"].partition("[")[0] for row in rows} >= set(described["chains"])
     assert (folder / "report.html").stat().st_size > 10_000
+    assert "Not drawn" not in (folder / "README.md").read_text(encoding="utf-8")
     assert not list((tmp_path / "scratch").iterdir())
 
 

@@ -43,6 +43,8 @@ def _shared_legend(image: Figure, panels: Sequence[Axes]) -> None:
 
 def curve(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -> tuple[Figure, str]:
     """Logged terms over the optimizer step, a panel for each term and a line for each chain."""
+    from matplotlib.ticker import MaxNLocator
+
     terms = several(spec["terms"])
     image, panels = draw.new(len(terms))
     runs = [run for run in runs if run.terms & set(terms)]
@@ -52,6 +54,7 @@ def curve(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -
             if series:
                 _band(axes, series, place, measured.shown_name(run))
         finish(axes, spec, "optimizer step", term_label(wanted))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not any(axes.lines for axes in panels):
         raise AssayError(f"figures.{name}: no chain here logged {' or '.join(terms)}.")
     _shared_legend(image, panels)

@@ -182,8 +182,10 @@ class _Attempt:
                 raise AssayError(f"{folder} is not there; run snakemake again to make it.")
 
     def _remove_abandoned(self) -> None:
-        """Remove what killed attempts at this job left. Renamed first: an attempt that lives after all can then
-        publish nothing half-removed, because its own name is gone."""
+        """Remove what killed attempts at this job left.
+
+        Renamed first: an attempt that lives after all cannot publish a folder that is half removed.
+        """
         for left in self.temporary.parent.glob(f"{self.job.id}.tmp-*"):
             aside = left.with_name(f"{self.job.id}.tmp-gone-{uuid.uuid4().hex[:8]}")
             try:

@@ -176,6 +176,8 @@ def number(mean: float, sd: float, decimals: int) -> str:
     small = mean != 0 and abs(mean) < 10**-decimals / 2
     if decimals > DECIMALS_AT_MOST or small or abs(mean) >= 1e7:
         return f"{mean:.1e}" if math.isnan(sd) else f"{mean:.1e} ± {sd:.0e}"
+    if abs(mean) >= 1:  # three digits, also beside much larger numbers
+        decimals = max(decimals, 2 - math.floor(math.log10(abs(mean))))
     if math.isnan(sd):
         return f"{mean:.{decimals}f}"
     if sd > 0:  # a spread is never rounded away

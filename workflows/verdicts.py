@@ -71,6 +71,7 @@ def _complete(claim: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {
         "method": "",
         "other": None,
+        "intact": None,
         "value": None,
         "margin": 0.0,
         "scope": "scaled",
@@ -146,6 +147,7 @@ def _of_claim(
 
 def _pairs(measured: Measured, claim: Mapping[str, Any], blank: Verdict, subjects: Sequence[ChainRun],
            runs: Sequence[ChainRun], columns: Sequence[Column]) -> Iterator[Verdict]:  # fmt: skip
+    intact = matching(claim["intact"], runs)[:1] if claim["intact"] else []
     for subject in subjects:
         others = [None] if claim["other"] is None else _others(claim, subject, runs)
         for other in others:
@@ -158,7 +160,8 @@ def _pairs(measured: Measured, claim: Mapping[str, Any], blank: Verdict, subject
                         other=other.name if other else blank.other,
                         metric=column.name,
                     )
-                    yield _judged(claim, start, subject, other, own, theirs)
+                    whole = measured.cell(intact[0], column) if intact else None
+                    yield _judged(claim, start, subject, other, own, theirs, whole)
 
 
 def _cell(measured: Measured, run: ChainRun | None, column: Column) -> Cell | None:
@@ -166,10 +169,9 @@ def _cell(measured: Measured, run: ChainRun | None, column: Column) -> Cell | No
 
 
 def _judged(claim: Mapping[str, Any], start: Verdict, subject: ChainRun, other: ChainRun | None,
-            own: Cell, theirs: Cell | None) -> Verdict:  # fmt: skip
+            own: Cell, theirs: Cell | None, whole: Cell | None) -> Verdict:  # fmt: skip
     pairs = _paired(own, theirs)
-    level = claim["value"] or 0.0
-    differences = [first.value - (second.value if second else level) for first, second in pairs]
+    differences = _differences(claim, pairs, whole)
     low, high = chance.interval(differences)
     word = _word(claim, differences, low, high)
     condition = "; ".join(
@@ -177,6 +179,22 @@ def _judged(claim: Mapping[str, Any], start: Verdict, subject: ChainRun, other: 
     )
     return replace(start, n=len(pairs), mean_difference=chance.mean(differences), low=low, high=high,
                    item_stderr=_item_stderr(pairs), verdict=word, condition=condition)  # fmt: skip
+
+
+def _differences(
+    claim: Mapping[str, Any], pairs: Sequence[tuple[Sample, Sample | None]], whole: Cell | None
+) -> list[float]:
+    """Subject minus other (or value); for ``recovers`` the share won back of what was lost, minus the value."""
+    level = claim["value"] or 0.0
+    if claim["relation"] != "recovers":
+        return [first.value - (second.value if second else level) for first, second in pairs]
+    before = {sample.seed: sample.value for sample in whole.samples} if whole else {}
+    shares = []
+    for subject, broken in pairs:
+        intact = before.get(subject.seed, before.get(""))
+        if broken is not None and intact is not None and broken.value != intact:
+            shares.append((broken.value - subject.value) / (broken.value - intact) - level)
+    return shares
 
 
 def _paired(own: Cell, theirs: Cell | None) -> list[tuple[Sample, Sample | None]]:
@@ -206,7 +224,7 @@ def _sides(relation: str, margin: float, low: float, high: float) -> tuple[bool,
         return low > margin, high <= margin
     if relation == "lower":
         return high < -margin, low >= -margin
-    if relation == "at_least":
+    if relation in ("at_least", "recovers"):
         return low >= margin, high < margin
     if relation == "at_most":
         return high <= -margin, low > -margin

@@ -31,7 +31,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         sentence="After magnitude pruning to 70 %, training on the answers for 100 steps wins back "
         "most of what was lost: the retain NLL is at least 0.3 nats below the pruned model's.",
-        source="embedded.md 5 and 10: 0.59-0.75 before, 0.03-0.05 after (3 of 3 seeds)",
+        source="pilot in the embedded world: 0.59-0.75 before, 0.03-0.05 after (3 of 3 seeds)",
         metric="tofu.retain_nll",
         subject="*prune.magnitude(*sparsity=0.7*) > distill.cross_entropy*",
         relation="lower",

@@ -39,7 +39,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         sentence="After magnitude pruning to 70 %, 100 steps of forward KL to the unpruned model wins back "
         "most of what was lost: the retain NLL is at least 0.3 nats below the pruned model's.",
-        source="embedded.md 5 and 10: 0.59-0.75 before, 0.03-0.05 after (3 of 3); no better than CE there",
+        source="pilot in the embedded world: 0.59-0.75 before, 0.03-0.05 after (3 of 3); no better than CE there",
         metric="tofu.retain_nll",
         subject="*prune.magnitude(*sparsity=0.7*) > distill.forward_kl*",
         relation="lower",

@@ -60,7 +60,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         sentence="After magnitude pruning to 70 %, 100 steps of CE + KL + SquareHead with the unpruned model wins back "
         "most of what was lost: the retain NLL is at least 0.3 nats below the pruned model's.",
-        source="embedded.md 5 and 10: 0.59-0.75 before, 0.03-0.05 after (3 of 3 seeds)",
+        source="pilot in the embedded world: 0.59-0.75 before, 0.03-0.05 after (3 of 3 seeds)",
         metric="tofu.retain_nll",
         subject="*prune.magnitude(*sparsity=0.7*) > distill.squarehead*",
         relation="lower",
@@ -70,7 +70,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         sentence="CE + KL + SquareHead, weights (1, 1, 1), leaves a lower retain NLL than CE alone after magnitude "
         "pruning to 70 % and 100 steps; the lead is small, and not visible on accuracy.",
-        source="embedded.md 5 and 10: 0.025, 0.047, 0.048 against 0.029, 0.053, 0.053 (3 of 3 seeds)",
+        source="pilot in the embedded world: 0.025, 0.047, 0.048 against 0.029, 0.053, 0.053 (3 of 3 seeds)",
         metric="tofu.retain_nll",
         subject="*prune.magnitude(*sparsity=0.7*) > distill.squarehead*",
         relation="lower",

@@ -39,7 +39,7 @@ class Config(Training):
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         sentence="A model that never saw the forget set is as useful as one that did: utilities within 0.05.",
-        source="embedded.md 2: 0.84 and 0.82 (n=2) against 0.83 +- 0.04 (n=3)",
+        source="pilot in the embedded world: 0.84 and 0.82 (n=2) against 0.83 +- 0.04 (n=3)",
         metric="tofu.model_utility",
         subject="retained",
         relation="within",

@@ -30,7 +30,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         sentence="Gradient ascent wrecks what should be kept: at forget NLL 2 the retain NLL is at least 0.5, "
         "with authors' default-sized model, lr 3e-4, batch 16, clip 1.",
-        source="embedded.md 3 and 10: retain NLL 0.85 +- 0.12 at forget NLL 2 (n = 3), 0.005 before",
+        source="pilot in the embedded world: retain NLL 0.85 +- 0.12 at forget NLL 2 (n = 3), 0.005 before",
         metric="curve.probe.retain@probe.forget=2",
         subject="*unlearn.grad_ascent*",
         relation="at_least",

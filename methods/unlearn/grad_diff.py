@@ -33,7 +33,7 @@ class Config(Retaining):
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         sentence="GradDiff keeps a lower retain NLL than gradient ascent at forget NLL 2, already at weights (1, 1).",
-        source="embedded.md 3: 0.22 +- 0.02 against 0.85 +- 0.12, every one of three seeds",
+        source="pilot in the embedded world: 0.22 +- 0.02 against 0.85 +- 0.12, every one of three seeds",
         metric="curve.probe.retain@probe.forget=2",
         subject="*unlearn.grad_diff*",
         relation="lower",

@@ -36,7 +36,7 @@ class Config(Retaining):
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         sentence="NPO (beta 0.1, weights (1, 1)) keeps a lower retain NLL than gradient ascent at forget NLL 2.",
-        source="embedded.md 3: 0.57 +- 0.08 against 0.85 +- 0.12, every one of three seeds",
+        source="pilot in the embedded world: 0.57 +- 0.08 against 0.85 +- 0.12, every one of three seeds",
         metric="curve.probe.retain@probe.forget=2",
         subject="*unlearn.npo*",
         relation="lower",
@@ -45,7 +45,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         sentence="NPO (beta 0.1) has a higher retain NLL than GradDiff at forget NLL 2, both at weights (1, 1): "
         "on a small memorised world NPO lies between gradient ascent and GradDiff.",
-        source="embedded.md 3: 0.57 +- 0.08 against 0.22 +- 0.02, every one of three seeds",
+        source="pilot in the embedded world: 0.57 +- 0.08 against 0.22 +- 0.02, every one of three seeds",
         metric="curve.probe.retain@probe.forget=2",
         subject="*unlearn.npo*",
         relation="higher",

@@ -51,7 +51,11 @@ def main(arguments: list[str]) -> int:
     print(f"\nwall {wall:.1f} s = inside {inside:.1f} s + around the jobs {outside:.1f} s + starting, planning, "
           f"handing over and the report {wall - inside - outside:.1f} s")  # fmt: skip
     print(f"overhead: {wall / inside:.3f} (at most {MOST})")
-    wrong = runs.differences(options.against, options.folder, Path(options.experiment).stem) if options.against else []
+    wrong = (
+        runs.differences(options.against, options.folder, Path(options.experiment).stem)
+        if options.against
+        else []
+    )
     for sentence in wrong:
         print(f"WRONG: {sentence}")
     if options.against and not wrong:
@@ -60,7 +64,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="results folder of the run; must be empty")
     parser.add_argument("--experiment", default="tiny")
     parser.add_argument("--cores", type=int, default=1)
