@@ -23,6 +23,8 @@ from methods.stage import AssayError
 
 FAMILIES = ("model", "train", "unlearn", "distill", "prune", "data", "runtime")
 KINDS = ("head", "loss", "optimizer", "schedule", "adapter", "weighting", "sampling")
+# more names than this are not listed in a sentence
+MOST_CHOICES = 40
 HERE = Path(__file__).parent
 EVALUATIONS = HERE.parent / "evaluations"
 
@@ -137,4 +139,6 @@ def nearest(word: str, words: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
+    if len(choices) > MOST_CHOICES:
+        return f"; there are {len(choices)}, from {choices[0]} to {choices[-1]}."
     return f"; there are: {', '.join(choices)}." if choices else "; there are none."

@@ -160,6 +160,7 @@ def _teach(start: Path, targets: Mapping[str, Path]) -> None:
         save_model(copy.deepcopy(model).float(), targets[name], start, "float32")
 
     model, part = load_model(start, device="cpu", train=True).double(), part_of(start, DATA)
+    _draw(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     for step in range(60):
         term = answer_nll(part, forward(model, part))
@@ -171,6 +172,18 @@ def _teach(start: Path, targets: Mapping[str, Path]) -> None:
     keep("whole")
     _zero(model, 0.3)
     keep("sparse")
+
+
+def _draw(model: Any) -> None:
+    """Weights drawn by Python: torch's normal numbers differ in their last bits between processors."""
+    import torch
+
+    draw = random.Random(0).gauss
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                values = [draw(0.0, 0.02) for _ in range(weight.numel())]
+                weight.copy_(torch.tensor(values, dtype=torch.float64).view_as(weight))
 
 
 def _zero(model: Any, share: float) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from methods.stage import AssayError, NotFinite
+from methods.stage import AssayError
 from tests.toy import experiments as toy
 from workflows import clean, job, promises, runner, show
 from workflows.plan import Plan
@@ -117,7 +117,9 @@ def test_a_result_is_waited_for_until_its_files_are_there(results: Path, tmp_pat
     writer.start()
     assert open_result(copy, job_id, patience_seconds=10).id == job_id
     late.write_text(text[:-1])
-    with pytest.raises(AssayError, match=r"not complete after 0 s: model/config\.json has .* bytes and should"):
+    with pytest.raises(
+        AssayError, match=r"not complete after 0 s: model/config\.json has .* bytes and should"
+    ):
         open_result(copy, job_id, patience_seconds=0.1)
     late.unlink()
     with pytest.raises(AssayError, match=r"model/config\.json is missing"):
@@ -151,12 +153,16 @@ def test_a_broken_promise_is_refused_with_its_reason(
 
 
 def test_zeros_may_be_filled_where_that_is_asked_for(results: Path, tmp_path: Path) -> None:
-    built, job_id = with_chain(tmp_path, results, 'pruned > train.misbehaves(way="fills_zeros", keep_zeros=False)')
+    built, job_id = with_chain(
+        tmp_path, results, 'pruned > train.misbehaves(way="fills_zeros", keep_zeros=False)'
+    )
     toy.run(built, [job_id])
     assert toy.record(results, job_id).kind == "stage"
 
 
-def test_a_loss_that_is_no_number_leaves_no_model_and_says_at_which_step(results: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_leaves_no_model_and_says_at_which_step(
+    results: Path, tmp_path: Path
+) -> None:
     said, reason = refused(tmp_path, results, "target > train.diverges(steps=6, batch=4)")
     assert reason == "not finite"
     assert "step 2" in said and "train" in said
@@ -194,7 +200,9 @@ def test_a_parent_that_is_gone_is_a_sentence(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built, job_id = with_chain(tmp_path, results, "target > prune.magnitude(sparsity=0.125)")
-    monkeypatch.setattr(runner, "open_result", lambda store, name: open_result(store, name, patience_seconds=0.1))
+    monkeypatch.setattr(
+        runner, "open_result", lambda store, name: open_result(store, name, patience_seconds=0.1)
+    )
     aside = tmp_path / "aside"
     os.rename(results / "stages" / toy.job_of(built, "target"), aside)
     try:
@@ -207,7 +215,13 @@ def test_a_parent_that_is_gone_is_a_sentence(
 def test_secrets_are_dropped_from_a_jobs_environment(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    secret = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "my_password", "SOME_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS")
+    secret = (
+        "HF_TOKEN",
+        "AWS_SECRET_ACCESS_KEY",
+        "my_password",
+        "SOME_API_KEY",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+    )
     for name in secret:
         monkeypatch.setenv(name, "do not show")
     monkeypatch.setenv("HARMLESS", "1")
@@ -223,7 +237,9 @@ def test_secrets_are_dropped_from_a_jobs_environment(
 # --- attempts -------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_that_is_asked_to_stop_saves_its_state_and_goes_on_from_there(results: Path, tmp_path: Path) -> None:
+def test_a_job_that_is_asked_to_stop_saves_its_state_and_goes_on_from_there(
+    results: Path, tmp_path: Path
+) -> None:
     text = "target > train.slow(steps={}, seconds={})"
     built, job_id = with_chain(tmp_path, results, text.format(40, 0.05))
     command = [sys.executable, "-m", "workflows.job", job_id, f"--results={results}"]
@@ -308,15 +324,19 @@ def test_weights_that_were_removed_come_back_bit_by_bit_to_the_same_record(
     own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     experiment = toy.write(tmp_path / "toy.yaml", CHAINS)
+    built = toy.planned(experiment, own)
+    models = [built.store.result(job_id) / "model" for job_id in built.jobs]
     words = [str(experiment), f"results={own}", f"methods={toy.METHODS}"]
     assert clean.main(words) == 0
-    assert "would remove" in capsys.readouterr().out and list(own.glob("stages/*/model"))
+    assert "would remove" in capsys.readouterr().out and all(model.is_dir() for model in models)
     assert clean.main([*words, "--yes"]) == 0
-    assert not list(own.glob("stages/*/model"))
+    assert not any(model.exists() for model in models)
     built = toy.planned(experiment, own)
     assert not built.missing
     before = {path: (path.stat().st_ino, path.read_bytes()) for path in own.glob("stages/*/record.json")}
-    reading = toy.planned(toy.write(experiment, CHAINS | {"odd": "pruned > prune.magnitude(sparsity=0.75)"}), own)
+    reading = toy.planned(
+        toy.write(experiment, CHAINS | {"odd": "pruned > prune.magnitude(sparsity=0.75)"}), own
+    )
     assert [reading.jobs[i].method for i in reading.missing] == [
         "model.new", "train.sft", "prune.magnitude", "prune.magnitude",
     ]  # fmt: skip
@@ -428,7 +448,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("a small disk needs the right to mount one")
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
@@ -436,7 +459,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.parametrize("left_kilobytes", [0, 8, 32, 96])
+@pytest.mark.parametrize("left_kilobytes", [0, 8, 32])
 def test_a_full_disk_loses_nothing_and_the_job_completes_once_there_is_room(
     results: Path, tmp_path: Path, small_disk: Path, left_kilobytes: int
 ) -> None:
@@ -447,7 +470,7 @@ def test_a_full_disk_loses_nothing_and_the_job_completes_once_there_is_room(
     before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
     filler = small_disk / "filler"
     _fill(filler, small_disk, left_kilobytes)
-    with pytest.raises(AssayError, match="(?i)no space left|room"):
+    with pytest.raises(AssayError, match="No space left on device"):
         toy.run(built, [job_id])
     assert {path: path.read_bytes() for path in before} == before
     assert not built.store.result(job_id).exists()
@@ -462,7 +485,3 @@ def _fill(path: Path, disk: Path, left_kilobytes: int) -> None:
     wanted = free.f_bavail * free.f_frsize - left_kilobytes * 1024
     with open(path, "wb") as file:
         file.write(b"\0" * max(wanted, 0))
-
-
-def test_not_finite_is_a_kind_of_sentence() -> None:
-    assert issubclass(NotFinite, AssayError)

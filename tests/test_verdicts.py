@@ -10,8 +10,17 @@ import pytest
 from tests import invented
 from workflows import chance
 from workflows.curves import lines, value_at_level
-from workflows.measured import Measured
-from workflows.verdicts import Verdict, as_frame, matching, parent_label, verdicts
+from workflows.measured import Cell, Measured, Sample
+from workflows.verdicts import (
+    Verdict,
+    _differences,
+    _paired,
+    _sides,
+    as_frame,
+    matching,
+    parent_label,
+    verdicts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -266,3 +275,16 @@ def two_chains(folder: Path, first: Any, second: Any, *, same: bool = False) -> 
     invented.write(folder)
     invented.write_csv(folder / "results.csv", rows)
     return Measured.read([folder])
+
+
+def test_recovering_is_the_share_of_the_loss_won_back() -> None:
+    # lost 1.0 - 0.2 = 0.8, won back 1.0 - 0.28 = 0.72: nine tenths, 0.1 above the claimed 0.8
+    def cell(value: float) -> Cell:
+        return Cell((Sample("0", str(value), value),))
+
+    pairs = _paired(cell(0.28), cell(1.0))
+    claim = {"relation": "recovers", "value": 0.8}
+    assert _differences(claim, pairs, cell(0.2)) == pytest.approx([0.1])
+    assert _differences(claim, pairs, cell(1.0)) == []
+    assert _sides("recovers", 0.0, 0.05, 0.15) == (True, False)
+    assert _sides("recovers", 0.0, -0.15, -0.05) == (False, True)

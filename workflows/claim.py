@@ -178,8 +178,14 @@ class Claim:
         except FileExistsError:
             return False
         _flock(self._descriptor, fcntl.LOCK_EX)
-        os.write(self._descriptor, json.dumps(_identity()).encode())
-        os.fsync(self._descriptor)
+        try:
+            os.write(self._descriptor, json.dumps(_identity()).encode())
+            os.fsync(self._descriptor)
+        except OSError:  # the disk is full: an empty claim would only hold up the next who tries
+            self.path.unlink()
+            os.close(self._descriptor)
+            self._descriptor = None
+            raise
         self._released = threading.Event()
         if self._ours():
             return True

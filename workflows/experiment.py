@@ -101,7 +101,15 @@ class Experiment(_Strict):
     tables: dict[str, dict[str, Any]] = {}
     figures: dict[str, dict[str, Any]] = {}
     claims: list[dict[str, Any]] = []
+    # set by ``load``: the experiment's name, and where in which file each entry stands
     name: str = ""
+    places: dict[str, str] = {}
+
+    def place(self, section: str, entry: str) -> str:
+        """``tiny.yaml, line 14: chain target``."""
+        kind = {"chains": "chain", "models": "model"}.get(section, section)
+        where = self.places.get(f"{section}.{entry}")
+        return f"{where}: {kind} {entry}" if where else f"{kind} {entry}"
 
 
 def find(experiment: str) -> Path:
@@ -124,8 +132,18 @@ def load(path: Path) -> Experiment:
     if path.stat().st_size > LARGEST_BYTES:
         raise AssayError(f"{path}: an experiment file has at most {LARGEST_BYTES} bytes.")
     values, lines = _read(path)
+    for key in ("name", "places"):
+        if key in values:
+            raise AssayError(
+                f"{path}, line {lines[(key,)]}: there is no key {key!r}; the file's name is the experiment's."
+            )
     try:
-        experiment = Experiment.model_validate({**values, "name": path.stem})
+        places = {
+            ".".join(map(str, key)): f"{path.name}, line {line}"
+            for key, line in lines.items()
+            if len(key) == 2
+        }
+        experiment = Experiment.model_validate({**values, "name": path.stem, "places": places})
     except ValidationError as error:
         raise AssayError(_sentence(path, error, values, lines)) from None
     _check_names(path, experiment, lines)
@@ -224,7 +242,7 @@ def _sentence(path: Path, error: ValidationError, values: dict[str, Any], lines:
 
 def _keys_at(place: tuple[Any, ...]) -> list[str]:
     if len(place) == 1:
-        return list(Experiment.model_fields)
+        return [key for key in Experiment.model_fields if key not in ("name", "places")]
     models: dict[Any, type[BaseModel]] = {"models": ModelSpec, "evaluate": Evaluation, "resources": Resources}
     return list(models[place[0]].model_fields) if place[0] in models else []
 

@@ -215,7 +215,7 @@ class _Builder:
         return self._members[chain]
 
     def _expand(self, chain: str) -> Iterator[Member]:
-        with _Place(f"chain {chain}"):
+        with _Place(self.experiment.place("chains", chain)):
             parsed = notation.parse(self.experiment.chains[chain])
             for assignment, text in notation.expand(parsed):
                 for origin in self._origins(text.first):
@@ -275,7 +275,7 @@ class _Builder:
             if member.name in self._open:
                 raise AssayError(f"chain {member.chain} needs its own result: {' > '.join(self._open)}.")
             self._open.append(member.name)
-            with _Place(f"chain {member.chain}"):
+            with _Place(self.experiment.place("chains", member.chain)):
                 self._points[key] = self._resolve(member, seed)
             self._open.pop()
         return self._points[key]
@@ -331,7 +331,7 @@ class _Builder:
     def model_point(self, name: str, seed: int) -> Point:
         """The starting model ``name``: a job for a new one, a folder for one that exists."""
         if (name, seed) not in self._points:
-            with _Place(f"model {name}"):
+            with _Place(self.experiment.place("models", name)):
                 self._points[name, seed] = self._model_point(name, self.experiment.models[name], seed)
         return self._points[name, seed]
 
@@ -452,7 +452,7 @@ class _Builder:
 
     def scores(self, entry: str, evaluation: Evaluation) -> Iterator[Shown]:
         """The scores of one entry of ``evaluate:``."""
-        with _Place(f"evaluate {entry}"):
+        with _Place(self.experiment.place("evaluate", entry)):
             call = notation.parse_call(evaluation.run)
             if any(isinstance(value, Choice) for _, value in call.options):
                 raise AssayError(
@@ -507,10 +507,16 @@ class _Builder:
                 for column in _columns(spec):
                     if column.partition(".")[0] not in known:
                         near = nearest(column.partition(".")[0], known)
-                        raise AssayError(f"{kind}.{name}: {column!r} names no evaluation{near}")
+                        raise AssayError(
+                            f"{self.experiment.place(kind, name)}: {column!r} names no evaluation{near}"
+                        )
 
 
 _NOTHING = object()
+
+
+class _Placed(AssayError):
+    """A sentence that names its place already."""
 
 
 class _Place:
@@ -523,8 +529,8 @@ class _Place:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, AssayError) and not str(error).startswith(("chain ", "model ", "evaluate ")):
-            raise AssayError(f"{self.place}: {error}") from None
+        if isinstance(error, AssayError) and not isinstance(error, _Placed):
+            raise _Placed(f"{self.place}: {error}") from None
 
 
 def _joined(inherited: Assignment, own: Assignment) -> Assignment:

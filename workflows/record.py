@@ -214,10 +214,14 @@ def digest(value: Any) -> str:
 
 
 def write_atomic(path: Path, text: str, *, keep_existing: bool = False) -> None:
-    """Write a file whole or not at all; with ``keep_existing`` the first writer wins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file whole or not at all; with ``keep_existing`` the first writer wins.
+
+    Raises:
+        AssayError: the disk is full, or may not be written to.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -226,8 +230,15 @@ def write_atomic(path: Path, text: str, *, keep_existing: bool = False) -> None:
             _link_unless_there(temporary, path)
         else:
             os.replace(temporary, path)
+    except OSError as error:
+        raise AssayError(not_written(path, error)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def not_written(path: Path, error: OSError) -> str:
+    """A sentence for a file system that does not take what is written."""
+    return f"{path} cannot be written: {error.strerror}. Put that right and start again; what is finished is kept."
 
 
 def _link_unless_there(temporary: Path, path: Path) -> None:

@@ -32,6 +32,7 @@ from workflows.record import (
     Record,
     RowEntry,
     Store,
+    not_written,
     open_result,
     read_job,
     read_record,
@@ -104,9 +105,12 @@ def _models() -> Any:
 def _run_claimed(store: Store, job: Job, models: Any) -> None:
     if _done(store, job):
         return
-    with Claim(store.root, job.id):
-        if not _done(store, job):
-            _Attempt(store, job, models).run()
+    try:
+        with Claim(store.root, job.id):
+            if not _done(store, job):
+                _Attempt(store, job, models).run()
+    except OSError as error:
+        raise AssayError(not_written(Path(error.filename or store.root), error)) from error
 
 
 def _done(store: Store, job: Job) -> bool:
@@ -267,8 +271,8 @@ class _Attempt:
     # - failure
 
     def _fail(self, error: BaseException) -> None:
+        spent = self._abandon()
         if isinstance(error, (KeyboardInterrupt, Interrupted)):
-            self.account.abandon()
             raise Interrupted(
                 "asked to stop; its state is saved and the next run goes on from there."
             ) from None
@@ -276,15 +280,29 @@ class _Attempt:
         failure = Failure(
             id=self.job.id, label=self.job.label, method=self.job.method, reason=reason,  # type: ignore[arg-type]
             message=str(error) or type(error).__name__, traceback="".join(traceback.format_exception(error))[-4000:],
-            attempts=self.account.attempts, energy=self.account.abandon(), end=time.time(),
+            attempts=self.account.attempts, energy=spent, end=time.time(),
         )  # fmt: skip
-        write_atomic(self.store.failure(self.job.id), failure.model_dump_json(indent=1))
+        self._note(failure)
         if isinstance(error, AssayError):
             raise error
         if not isinstance(error, Exception):
             raise error
         traceback.print_exception(error)
         raise AssayError(f"{reason}: {failure.message} (see {self.store.failure(self.job.id)}).") from None
+
+    def _abandon(self) -> dict[str, Any]:
+        """End the account; what came before must not be hidden by a disk that takes no account."""
+        try:
+            return self.account.abandon()
+        except (AssayError, OSError) as error:
+            print(f"assay: {self.job.id}: what it spent is not noted: {error}", file=sys.stderr)
+            return {}
+
+    def _note(self, failure: Failure) -> None:
+        try:
+            write_atomic(self.store.failure(self.job.id), failure.model_dump_json(indent=1))
+        except AssayError as error:
+            print(f"assay: {self.job.id}: its failure is not noted: {error}", file=sys.stderr)
 
 
 def _reason(error: BaseException) -> str:

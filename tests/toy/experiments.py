@@ -14,7 +14,9 @@ METHODS = HERE / "methods"
 BASE = "{new: llama, hidden: 16, layers: 1, heads: 2, mlp: 16, vocabulary: 300}"
 
 
-def write(path: Path, chains: Mapping[str, str], evaluate: Mapping[str, str] | None = None, more: str = "") -> Path:
+def write(
+    path: Path, chains: Mapping[str, str], evaluate: Mapping[str, str] | None = None, more: str = ""
+) -> Path:
     """Write an experiment file; ``more`` is put at its end."""
     lines = ["title: Toy", "country: FRA", "seeds: [0]", f"models: {{base: {BASE}}}", "chains:"]
     lines += [f"  {name}: '{text}'" for name, text in chains.items()]
