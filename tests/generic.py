@@ -409,7 +409,9 @@ def through_json(call: Resolved) -> Any:
 def references(config: Any, at: World) -> dict[str, Path]:
     """The folders that a config's reference options mean."""
     named = {
-        option.name: getattr(config, option.name) for option in fields_of(type(config)) if option.reference
+        option.name: getattr(config, option.name)
+        for option in fields_of(config.__class__)
+        if option.reference
     }
     return {name: at.parents[value.id] for name, value in named.items() if value is not None}
 

@@ -59,7 +59,7 @@ def test_a_record_says_what_ran_where_and_at_what_cost(results: Path) -> None:
     found = next(r for r in map(read_record, results.glob("stages/train.sft-*/record.json")))
     assert found.attempts == 1 and found.resumed_from_step == 0 and found.seed == 0
     assert found.notes["steps"] == 6 and found.notes["tokens_seen"] > 0
-    assert 0 < found.seconds_inside and 0 < found.seconds_outside
+    assert found.seconds_inside > 0 and found.seconds_outside > 0
     assert found.energy["total_kwh"] > 0 and found.energy["label"] == "estimated"
     assert found.auto_class == "AutoModelForCausalLM" and found.threads == 1
     assert {"python", "torch", "transformers"} <= set(found.versions)
@@ -206,7 +206,7 @@ def test_a_parent_that_is_gone_is_a_sentence(
     aside = tmp_path / "aside"
     os.rename(results / "stages" / toy.job_of(built, "target"), aside)
     try:
-        with pytest.raises(AssayError, match="is not complete after 0 s: there is no record.json"):
+        with pytest.raises(AssayError, match=r"is not complete after 0 s: there is no record\.json"):
             toy.run(built, [job_id])
     finally:
         os.rename(aside, results / "stages" / toy.job_of(built, "target"))

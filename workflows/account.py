@@ -14,7 +14,6 @@ from typing import Any
 
 from workflows.record import write_atomic
 
-
 NOTE_SECONDS = 10.0
 
 
