@@ -1,3 +1,4 @@
+# ruff: noqa: E501 — a table reads better with one case a line
 """Bad input: every malformed experiment is answered with one sentence, before anything runs, and changes no file."""
 
 from __future__ import annotations

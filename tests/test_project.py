@@ -86,7 +86,13 @@ def imported(path: Path) -> set[str]:
 
 def test_the_lock_installs_every_package_that_is_imported() -> None:
     distributions = packages_distributions()
-    wanted = {name: path for path in tracked() if path.suffix == ".py" for name in imported(path)}
+    wanted = {
+        name: path
+        for path in tracked()
+        if path.suffix == ".py"
+        for name in imported(path)
+        if not path.with_name(f"{name}.py").is_file()  # a module beside the script
+    }
     pins = locked()
     missing = {
         f"{name} ({path.relative_to(ROOT)})"

@@ -20,7 +20,16 @@ from methods.find import catalogue
 from methods.stage import AssayError, Claim
 from workflows import machine
 from workflows.plan import Plan, Point, Shown
-from workflows.record import Failure, Job, Record, Store, read_failure, read_record, write_atomic
+from workflows.record import (
+    Failure,
+    Job,
+    Record,
+    Store,
+    not_written,
+    read_failure,
+    read_record,
+    write_atomic,
+)
 
 RESULT_COLUMNS = (
     "experiment", "chain", "label", "model_id", "score_id", "base", "family", "method", "options", "swept", "seed",
@@ -327,10 +336,14 @@ def main(arguments: list[str]) -> int:
         built = plan.load(from_arguments(arguments))
         folder = report_folder(built)
         Collector(built).write(folder)
+        report(folder)
     except AssayError as error:
         print(f"assay: {error}", file=sys.stderr)
         return 2
-    report(folder)
+    except OSError as error:
+        where = Path(error.filename or plan.Settings.read(from_arguments(arguments)).results)
+        print(f"assay: {not_written(where, error)}", file=sys.stderr)
+        return 2
     print(f"report: {folder / 'report.html'}")
     return 0
 

@@ -69,7 +69,7 @@ CLAIMS: tuple[Claim, ...] = (
         sentence="SatImp (beta 5 and 1, gamma 10, alpha 1, lr 1e-3) keeps a lower retain NLL than GradDiff with "
         "weights (1, 1) at forget NLL 2. The advantage is mostly one of the effective forget/retain ratio: GradDiff "
         "with alpha 20 is expected to overturn it, and rows outside the retain set are not protected.",
-        source="pilot in the embedded world: 0.026 +- 0.008 against 0.223 +- 0.019 (n = 3); GradDiff with alpha 20: 0.012",
+        source="pilot in the embedded world: 0.026 +- 0.008 against 0.223 +- 0.019 (n = 3), alpha 20: 0.012",
         metric="curve.probe.retain@probe.forget=2",
         subject="*unlearn.satimp*",
         relation="lower",
