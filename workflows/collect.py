@@ -330,7 +330,7 @@ def main(arguments: list[str]) -> int:
     """``python -m workflows.collect EXPERIMENT [key=value …]``: write the tables and draw the report."""
     from workflows import plan
     from workflows.report import report
-    from workflows.settings import from_arguments
+    from workflows.settings import Settings, from_arguments
 
     try:
         built = plan.load(from_arguments(arguments))
@@ -341,7 +341,7 @@ def main(arguments: list[str]) -> int:
         print(f"assay: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        where = Path(error.filename or plan.Settings.read(from_arguments(arguments)).results)
+        where = Path(error.filename or Settings.read(from_arguments(arguments)).results)
         print(f"assay: {not_written(where, error)}", file=sys.stderr)
         return 2
     print(f"report: {folder / 'report.html'}")

@@ -7,78 +7,18 @@ an estimate of time and energy from earlier records. Nothing here loads torch.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from methods.data import Locator
-from methods.find import Catalogue, Found, catalogue, nearest
-from methods.stage import AssayError, Parent
-from workflows import code, notation
-from workflows.experiment import Evaluation, Experiment, ModelSpec, Resources
-from workflows.notation import Assignment, Call, Chain, Choice, Name
-from workflows.options import Resolved, encode_config, fields_of, resolve
-from workflows.record import Job, ParentRef, Store, digest, write_atomic
-from workflows.settings import Settings
-
-
-@dataclass(frozen=True)
-class Point:
-    """One result that a chain's member has for one seed."""
-
-    chain: str
-    parent: ParentRef
-    label: str
-    base: str
-    recipe: str
-    seeded: bool
-    seed: int
-    job: Job | None = None
-    swept: Assignment = ()
-
-    @property
-    def shown_seed(self) -> int | None:
-        """The seed, or None where nothing in the chain used one."""
-        return self.seed if self.seeded else None
-
-
-@dataclass(frozen=True)
-class Member:
-    """One member of a chain's family: its own stages, and the member of the chain it starts from."""
-
-    chain: str
-    assignment: Assignment
-    text: Chain
-    origin: Member | None
-
-    @cached_property
-    def trail(self) -> dict[str, Member]:
-        """The member of every named chain this one descends from."""
-        return ({} if self.origin is None else self.origin.trail) | {self.chain: self}
-
-    @property
-    def name(self) -> str:
-        """``pruned[sparsity=0.5]``, or the chain's name where nothing is swept."""
-        return notation.format_name(Name(self.chain, _as_text(self.assignment)))
-
-
-def _as_text(assignment: Assignment) -> Assignment:
-    """Swept stages and components become texts, so that a member can be named in one line."""
-    return tuple(
-        (key, notation.format_value(v) if isinstance(v, (Call, Name)) else v) for key, v in assignment
-    )
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One score of the experiment: which entry, of which point, by which job."""
-
-    entry: str
-    evaluation: str
-    point: Point
-    job: Job
+from methods.find import catalogue
+from methods.stage import AssayError
+from workflows import experiment as experiments
+from workflows.chains import Builder, Point, Shown
+from workflows.experiment import Experiment
+from workflows.record import Job, ParentRef, Store, write_atomic
+from workflows.settings import Settings, from_arguments
 
 
 @dataclass
@@ -178,7 +118,7 @@ def build(experiment: Experiment, settings: Settings) -> Plan:
     """The plan of an experiment. Raises ``AssayError`` with a sentence for anything that cannot be run."""
     if settings.smoke:
         experiment = experiment.model_copy(update={"seeds": experiment.seeds[:1]})
-    builder = _Builder(experiment, settings)
+    builder = Builder(experiment, settings)
     plan = Plan(experiment, settings, builder.jobs)
     for chain in experiment.chains:
         plan.points.extend(builder.points_of_chain(chain))
@@ -188,402 +128,10 @@ def build(experiment: Experiment, settings: Settings) -> Plan:
     return plan
 
 
-class _Builder:
-    """Resolves chains to jobs; results are kept by (member, seed) so that shared prefixes are resolved once."""
-
-    def __init__(self, experiment: Experiment, settings: Settings) -> None:
-        self.experiment, self.settings = experiment, settings
-        self.catalogue: Catalogue = catalogue(settings.methods)
-        self.locator = Locator(settings.data, smoke=settings.smoke)
-        self.jobs: dict[str, Job] = {}
-        self._members: dict[str, list[Member]] = {}
-        self._points: dict[tuple[str, int], Point] = {}
-        self._digests: dict[str, str] = {}
-        self._open: list[str] = []
-
-    # - names
-
-    def members(self, chain: str) -> list[Member]:
-        """All members of a chain's family."""
-        if chain not in self._members:
-            if chain in self._open:
-                circle = " > ".join([*self._open[self._open.index(chain) :], chain])
-                raise AssayError(f"the chains go round in a circle: {circle}.")
-            self._open.append(chain)
-            self._members[chain] = list(self._expand(chain))
-            self._open.pop()
-        return self._members[chain]
-
-    def _expand(self, chain: str) -> Iterator[Member]:
-        with _Place(self.experiment.place("chains", chain)):
-            parsed = notation.parse(self.experiment.chains[chain])
-            for assignment, text in notation.expand(parsed):
-                for origin in self._origins(text.first):
-                    inherited = () if origin is None else origin.assignment
-                    yield Member(chain, _joined(inherited, assignment), text, origin)
-
-    def _origins(self, first: Name | Call | Choice) -> list[Member | None]:
-        if not isinstance(first, Name) or first.text in self.experiment.models:
-            return [None]
-        return list(self.pinned(first))
-
-    def pinned(self, name: Name) -> list[Member]:
-        """The members a name may mean, by its pins."""
-        self._known(name)
-        members = self.members(name.text)
-        for key, value in name.pins:
-            members = [m for m in members if dict(_as_text(m.assignment)).get(key, _NOTHING) == value]
-        if not members:
-            there = ", ".join(member.name for member in self.members(name.text))
-            raise AssayError(f"{notation.format_name(name)} is no member of {name.text}; there are: {there}.")
-        return members
-
-    def _known(self, name: Name) -> None:
-        known = [*self.experiment.chains, *self.experiment.models]
-        if name.text not in known:
-            raise AssayError(f"{name.text} is no chain or model{nearest(name.text, known)}")
-
-    def member_for(self, name: Name, reader: Member | None) -> Member:
-        """The one member a reference means, seen from the member that makes it."""
-        members = self.pinned(name)
-        if len(members) > 1 and reader is not None and not name.pins and name.text in reader.trail:
-            return reader.trail[name.text]
-        if len(members) > 1:
-            there = ", ".join(member.name for member in members)
-            raise AssayError(f"{name.text} is a family; name the member that is meant: {there}.")
-        return members[0]
-
-    # - points
-
-    def points_of_chain(self, chain: str) -> Iterator[Point]:
-        """One point for each member and seed; members without any randomness have one point only."""
-        for member in self.members(chain):
-            yield from self._by_seed(lambda seed, member=member: self.point(member, seed))
-
-    def _by_seed(self, point_at: Any) -> Iterator[Point]:
-        seen = set()
-        for seed in self.experiment.seeds:
-            point = point_at(seed)
-            if (point.parent.id, point.parent.step) not in seen:
-                seen.add((point.parent.id, point.parent.step))
-                yield point
-
-    def point(self, member: Member, seed: int) -> Point:
-        """The result of a member for a seed."""
-        key = (member.name, seed)
-        if key not in self._points:
-            if member.name in self._open:
-                raise AssayError(f"chain {member.chain} needs its own result: {' > '.join(self._open)}.")
-            self._open.append(member.name)
-            with _Place(self.experiment.place("chains", member.chain)):
-                self._points[key] = self._resolve(member, seed)
-            self._open.pop()
-        return self._points[key]
-
-    def _resolve(self, member: Member, seed: int) -> Point:
-        first = member.text.first
-        if isinstance(first, Name):
-            point: Point | None = self._start(first, member, seed)
-        else:
-            point = self._stage(first, None, member, seed)
-        for call in member.text.stages:
-            point = self._stage(call, point, member, seed)
-        assert point is not None
-        return Point(member.name, point.parent, point.label, point.base, point.recipe, point.seeded, seed,
-                     point.job, _as_text(member.assignment))  # fmt: skip
-
-    def _start(self, first: Name, member: Member, seed: int) -> Point:
-        if first.text in self.experiment.models:
-            return self.model_point(first.text, self._seed(first, seed))
-        assert member.origin is not None
-        return self._at_step(self.point(member.origin, self._seed(first, seed)), first)
-
-    def _seed(self, name: Name, seed: int) -> int:
-        if self.settings.smoke:
-            return seed
-        if name.seed is not None and name.seed not in self.experiment.seeds:
-            there = ", ".join(map(str, self.experiment.seeds))
-            raise AssayError(
-                f"{notation.format_name(name)}: the experiment has no seed {name.seed}; it has {there}."
-            )
-        return seed if name.seed is None else name.seed
-
-    def _at_step(self, point: Point, name: Name) -> Point:
-        if name.step is None:
-            return point
-        kept = point.job.config.get("checkpoints") or [] if point.job else []
-        if name.step not in kept and not self.settings.smoke:
-            raise AssayError(f"{notation.format_name(name)}: {name.text} keeps no model at step {name.step}; "
-                             f"give its last stage checkpoints=[{name.step}].")  # fmt: skip
-        parent = ParentRef(id=point.parent.id, step=None if self.settings.smoke else name.step)
-        return Point(point.chain, parent, f"{point.label}@step{name.step}", point.base,
-                     digest([point.recipe, name.step]), point.seeded, point.seed, point.job, point.swept)  # fmt: skip
-
-    def reference(self, name: Name, reader: Member | None, seed: int) -> Point:
-        """The result a reference means: the same seed of the other chain, unless it is pinned."""
-        self._known(name)
-        if name.text in self.experiment.models:
-            return self.model_point(name.text, self._seed(name, seed))
-        return self._at_step(self.point(self.member_for(name, reader), self._seed(name, seed)), name)
-
-    # - models
-
-    def model_point(self, name: str, seed: int) -> Point:
-        """The starting model ``name``: a job for a new one, a folder for one that exists."""
-        if (name, seed) not in self._points:
-            with _Place(self.experiment.place("models", name)):
-                self._points[name, seed] = self._model_point(name, self.experiment.models[name], seed)
-        return self._points[name, seed]
-
-    def _model_point(self, name: str, spec: ModelSpec, seed: int) -> Point:
-        if spec.new is not None:
-            return self._new_model(name, Call("model.new", (("kind", spec.new), *_options(spec))), seed)
-        if spec.hf is not None and self.settings.smoke:
-            layout = {**spec.layout.model_dump(), "stands_for": spec.hf}
-            return self._new_model(name, Call("model.smoke", tuple(layout.items())), seed)
-        if spec.hf is not None:
-            recipe = digest(["hub", spec.hf, spec.revision])
-            return Point(name, ParentRef(id=f"model.hub-{recipe[:12]}"), name, name, recipe, False, seed)
-        folder = Path(spec.path).absolute() if spec.path else self.locator.folder_of(str(spec.data))
-        recipe = digest(["folder", folder_digest(folder)])
-        return Point(
-            name,
-            ParentRef(id=f"model.folder-{recipe[:12]}", path=str(folder)),
-            name,
-            name,
-            recipe,
-            False,
-            seed,
-        )
-
-    def _new_model(self, name: str, call: Call, seed: int) -> Point:
-        point = self._stage(call, None, None, seed)
-        return Point(name, point.parent, name, name, point.recipe, point.seeded, seed, point.job)
-
-    # - jobs
-
-    def _stage(self, call: Call | Choice, parent: Point | None, member: Member | None, seed: int) -> Point:
-        assert isinstance(call, Call)
-        found = self.catalogue.method(call.name)
-        if parent is None and found.family not in ("model", "data"):
-            raise AssayError(f"{call.name} needs a model to start from: write base > {call.name}.")
-        resolved, references = self._resolved(call, found, member, seed)
-        parents = ({} if parent is None else {"model": parent}) | references
-        module = found.load()
-        seeded_here = bool(module.SEEDED)
-        label = resolved.label if parent is None else f"{parent.label} > {resolved.label}"
-        job = self._job(
-            "stage", call.name, f"{call.name}-", label, resolved, parents, seed if seeded_here else None
-        )
-        seeded = seeded_here or any(point.seeded for point in parents.values())
-        base = parent.base if parent else call.name
-        return Point(label, ParentRef(id=job.id), label, base, job.recipe, seeded, seed, job)
-
-    def _resolved(
-        self, call: Call, found: Found, member: Member | None, seed: int
-    ) -> tuple[Resolved, dict[str, Point]]:
-        references: dict[str, Point] = {}
-
-        def refer(option: str, name: Name) -> Parent:
-            references[option] = self.reference(name, member, seed)
-            parent = references[option].parent
-            return Parent(parent.id if parent.step is None else f"{parent.id}@step{parent.step}")
-
-        return resolve(call, found, self.catalogue, refer, self.settings.smoke), references
-
-    def _job(self, kind: Any, method: str, prefix: str, label: str, resolved: Resolved,
-             parents: dict[str, Point], seed: int | None) -> Job:  # fmt: skip
-        what = encode_config(resolved.config, how=False)
-        content = {name: self.content(name) for name in self._data_sets(resolved)}
-        code_digests = code.code_of(resolved.found, resolved.components, self._uses(resolved))
-        recipe = {"parents": {key: point.recipe for key, point in parents.items()}, "method": method, "seed": seed,
-                  "config": _with_recipes(what, parents), "content": content}  # fmt: skip
-        full = digest({"parents": {key: [p.parent.id, p.parent.step] for key, p in parents.items()}, "method": method,
-                       "config": what, "seed": seed, "code": code_digests, "content": content})  # fmt: skip
-        job_id = f"{prefix}{full[:12]}"
-        if job_id not in self.jobs:
-            self.jobs[job_id] = Job(
-                id=job_id, digest=full, recipe=digest(recipe), kind=kind, method=method, label=label,
-                config=encode_config(resolved.config, how=True), seed=seed, code=code_digests, content=content,
-                parents={key: point.parent for key, point in parents.items()},
-                resources=self._resources(method), **self._surroundings,
-            )  # fmt: skip
-        return self.jobs[job_id]
-
-    @cached_property
-    def _surroundings(self) -> dict[str, Any]:
-        return {
-            "threads": self.experiment.threads,
-            "country": self.experiment.country,
-            "data": None if self.settings.data is None else str(Path(self.settings.data).absolute()),
-            "methods": [str(Path(folder).absolute()) for folder in self.settings.methods],
-            "smoke": self.settings.smoke,
-            "trust_tasks": self.settings.trust_tasks,
-        }
-
-    def _uses(self, resolved: Resolved) -> Iterable[str]:
-        for found in (resolved.found, *resolved.components):
-            yield from getattr(found.load(), "USES", ())
-        if resolved.found.import_name.startswith("methods."):
-            yield f"methods.{resolved.found.family}"
-
-    def _data_sets(self, resolved: Resolved) -> list[str]:
-        names = list(resolved.data)
-        for found in (resolved.found, *resolved.components):
-            further = getattr(found.load(), "datasets", None)
-            if further is not None and found is resolved.found:
-                names.extend(further(resolved.config, self.locator))
-        return sorted(set(names))
-
-    def content(self, name: str) -> str:
-        """The digest of a data set (read once a plan)."""
-        if name not in self._digests:
-            self._digests[name] = self.locator.digest(name)
-        return self._digests[name]
-
-    def _resources(self, method: str) -> dict[str, float]:
-        asked = self.experiment.resources
-        chosen = (
-            asked.get(method) or asked.get(method.partition(".")[0]) or asked.get("default") or Resources()
-        )
-        return {key: value for key, value in chosen.model_dump().items() if value is not None}
-
-    # - scores
-
-    def scores(self, entry: str, evaluation: Evaluation) -> Iterator[Shown]:
-        """The scores of one entry of ``evaluate:``."""
-        with _Place(self.experiment.place("evaluate", entry)):
-            call = notation.parse_call(evaluation.run)
-            if any(isinstance(value, Choice) for _, value in call.options):
-                raise AssayError(
-                    f"{evaluation.run!r}: an evaluation cannot be swept; write one entry for each."
-                )
-            found = self.catalogue.evaluation(call.name)
-            for member, point in self._scored(evaluation):
-                yield self._score(entry, call, found, member, point)
-
-    def _scored(self, evaluation: Evaluation) -> Iterator[tuple[Member | None, Point]]:
-        for text in evaluation.of if evaluation.of is not None else list(self.experiment.chains):
-            name = notation.parse_name(text)
-            self._known(name)
-            seeds = (
-                self.experiment.seeds if name.seed is None else [self._seed(name, self.experiment.seeds[0])]
-            )
-            members: list[Member | None] = (
-                [None] if name.text in self.experiment.models else list(self.pinned(name))
-            )
-            for member in members:
-                seen = set()
-                for seed in seeds:
-                    point = self.model_point(name.text, seed) if member is None else self.point(member, seed)
-                    point = self._at_step(point, name)
-                    if str(point.parent) not in seen:
-                        seen.add(str(point.parent))
-                        yield member, point
-
-    def _score(self, entry: str, call: Call, found: Found, member: Member | None, point: Point) -> Shown:
-        resolved, references = self._resolved(call, found, member, point.seed)
-        module = found.load()
-        seed = point.seed if getattr(module, "SEEDED", False) else None
-        label = f"{resolved.label} of {point.label}"
-        job = self._job(
-            "score",
-            call.name,
-            f"evaluate.{call.name}-",
-            label,
-            resolved,
-            {"model": point, **references},
-            seed,
-        )
-        return Shown(entry, call.name, point, job)
-
-    # - tables
-
-    def check_references_in_tables(self) -> None:
-        """Columns and axes must name an entry of ``evaluate:`` or a cost."""
-        known = {*self.experiment.evaluate, "energy", "time", "memory"}
-        for kind in ("tables", "figures"):
-            for name, spec in getattr(self.experiment, kind).items():
-                for column in _columns(spec):
-                    if column.partition(".")[0] not in known:
-                        near = nearest(column.partition(".")[0], known)
-                        raise AssayError(
-                            f"{self.experiment.place(kind, name)}: {column!r} names no evaluation{near}"
-                        )
-
-
-_NOTHING = object()
-
-
-class _Placed(AssayError):
-    """A sentence that names its place already."""
-
-
-class _Place:
-    """Adds the place to a sentence raised inside."""
-
-    def __init__(self, place: str) -> None:
-        self.place = place
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, AssayError) and not isinstance(error, _Placed):
-            raise _Placed(f"{self.place}: {error}") from None
-
-
-def _joined(inherited: Assignment, own: Assignment) -> Assignment:
-    """What was swept before and here; a name swept twice along a chain gets a number."""
-    taken = dict(inherited)
-    result = list(inherited)
-    for key, value in own:
-        fresh, number = key, 2
-        while fresh in taken:
-            fresh, number = f"{key}_{number}", number + 1
-        taken[fresh] = value
-        result.append((fresh, value))
-    return tuple(result)
-
-
-def _options(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
-    for key, value in spec.options.items():
-        yield key, tuple(value) if isinstance(value, list) else value
-
-
-def _with_recipes(what: dict[str, Any], parents: dict[str, Point]) -> dict[str, Any]:
-    return {key: parents[key].recipe if key in parents else value for key, value in what.items()}
-
-
-def _columns(spec: dict[str, Any]) -> Iterator[str]:
-    yield from (column for column in spec.get("columns", []) if isinstance(column, str))
-    if spec.get("kind", "scatter") == "scatter":
-        for axis in ("x", "y", "size"):
-            if isinstance(spec.get(axis), str):
-                yield spec[axis]
-
-
-def folder_digest(folder: Path) -> str:
-    """sha256 over names and contents of a model folder's files."""
-    import hashlib
-
-    if not (folder / "config.json").is_file():
-        raise AssayError(f"{folder} is no model folder: it has no config.json.")
-    parts = []
-    for path in sorted(item for item in folder.rglob("*") if item.is_file()):
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise AssayError(f"{path} is a link that leaves the model folder.")
-        with open(path, "rb") as file:
-            parts.append([str(path.relative_to(folder)), hashlib.file_digest(file, "sha256").hexdigest()])
-    return digest(parts)
-
-
 def load(config: dict[str, Any]) -> Plan:
     """The plan for Snakemake's ``--config`` values."""
-    from workflows import experiment
-
     settings = Settings.read(config)
-    return build(experiment.load(experiment.find(settings.experiment)), settings)
+    return build(experiments.load(experiments.find(settings.experiment)), settings)
 
 
 # --- the command ----------------------------------------------------------------------------------------------
@@ -592,7 +140,6 @@ def load(config: dict[str, Any]) -> Plan:
 def main(arguments: list[str]) -> int:
     """``python -m workflows.plan EXPERIMENT [key=value …]``."""
     from workflows.outlook import print_plan
-    from workflows.settings import from_arguments
 
     try:
         print_plan(load(from_arguments(arguments)))
@@ -602,7 +149,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-__all__ = ["Plan", "Point", "Shown", "build", "fields_of", "load"]
+__all__ = ["Plan", "Point", "Shown", "build", "load"]
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -69,7 +69,8 @@ def _run_all(store: Store, ids: list[str]) -> None:
             raise
         except AssayError as error:
             failures.append(error)
-            print(f"assay: {member}: {error}", file=sys.stderr)
+            if len(ids) > 1:
+                print(f"assay: {member}: {error}", file=sys.stderr)
     if failures:
         raise failures[0] if len(ids) == 1 else AssayError(f"{len(failures)} of {len(ids)} scores failed.")
 

@@ -1,0 +1,39 @@
+"""What is committed under results/published is what the report draws from the numbers committed beside it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from workflows.collect import RESULT_COLUMNS
+from workflows.experiment import EXPERIMENTS
+from workflows.report import report
+
+PUBLISHED = EXPERIMENTS.parent.parent / "results" / "published"
+FOLDERS = sorted(path.parent for path in PUBLISHED.glob("*/results.csv"))
+NAMES = [folder.name for folder in FOLDERS]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
+def test_published_tables_and_verdicts_are_drawn_from_the_published_numbers(folder: Path, tmp_path: Path) -> None:
+    for name in ("results.csv", "jobs.csv", "curves.csv", "experiment.json"):
+        shutil.copy(folder / name, tmp_path / name)
+    report(tmp_path)
+    drawn = sorted(path.relative_to(tmp_path) for path in (tmp_path / "tables").iterdir())
+    assert drawn == sorted(path.relative_to(folder) for path in (folder / "tables").iterdir())
+    for path in [*drawn, Path("reproduction.csv")]:
+        assert (tmp_path / path).read_bytes() == (folder / path).read_bytes(), path
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
+def test_published_numbers_are_whole(folder: Path) -> None:
+    rows = pd.read_csv(folder / "results.csv", keep_default_na=False)
+    assert tuple(rows.columns) == RESULT_COLUMNS
+    assert set(rows["status"]) == {"ok"}
+    jobs = pd.read_csv(folder / "jobs.csv", keep_default_na=False)
+    assert set(jobs["status"]) == {"ok"}
+    assert set(rows["model_id"]) - set(jobs["id"]) <= {name for name in rows["model_id"] if "folder" in name}
+    assert not (jobs["dirty"].astype(str) == "True").any()
