@@ -12,7 +12,8 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -127,10 +128,28 @@ class Catalogue:
         table[name] = Found(name, path, import_name)
 
 
+_current: tuple[Path, ...] = ()
+
+
+def catalogue(outside: tuple[Path, ...] | None = None) -> Catalogue:
+    """The catalogue for this process; ``outside`` are the folders of ``--config methods=``, by default those in use."""
+    return _catalogue(_current if outside is None else outside)
+
+
 @cache
-def catalogue(outside: tuple[Path, ...] = ()) -> Catalogue:
-    """The catalogue for this process; ``outside`` are the folders of ``--config methods=``."""
+def _catalogue(outside: tuple[Path, ...]) -> Catalogue:
     return Catalogue(outside)
+
+
+@contextmanager
+def using(outside: tuple[Path, ...]) -> Iterator[None]:
+    """The folders in use while a job runs: its method looks up components without being told of them."""
+    global _current
+    before, _current = _current, outside
+    try:
+        yield
+    finally:
+        _current = before
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from methods.find import catalogue
 from methods.stage import AssayError
 from tests.toy import experiments as toy
 from workflows import clean, job, promises, runner, show
@@ -232,6 +233,26 @@ def test_secrets_are_dropped_from_a_jobs_environment(
     assert "HARMLESS" in names and not set(secret) & set(names)
     written = [path for path in (results / "jobs", folder) for path in path.rglob("*") if path.is_file()]
     assert not [path for path in written if b"do not show" in path.read_bytes()]
+
+
+def test_a_component_from_an_outside_folder_is_found_while_the_job_runs(
+    results: Path, tmp_path: Path
+) -> None:
+    built, job_id = with_chain(
+        tmp_path, results, 'target > train.sft(data="authors/forget01", steps=2, batch=4, optimizer=plain())'
+    )
+    toy.run(built, [job_id])
+    assert toy.record(results, job_id).config["optimizer"]["options"] == {"learning_rate": 0.1}
+    assert "optimizer.plain" not in catalogue().components
+
+
+def test_a_method_that_its_family_runs_has_the_familys_revision_in_its_id(
+    results: Path, tmp_path: Path
+) -> None:
+    built, job_id = with_chain(tmp_path, results, "target > train.diverges(steps=6, batch=4)")
+    assert "methods.train" in built.jobs[job_id].code
+    built, job_id = with_chain(tmp_path, results, "target > train.scaled")
+    assert "methods.train" not in built.jobs[job_id].code
 
 
 # --- attempts -------------------------------------------------------------------------------------------------------

@@ -316,7 +316,9 @@ class Builder:
     def _uses(self, resolved: Resolved) -> Iterable[str]:
         for found in (resolved.found, *resolved.components):
             yield from getattr(found.load(), "USES", ())
-        if resolved.found.import_name.startswith("methods."):
+        module = resolved.found.load()
+        run_by_family = not (hasattr(module, "run") or hasattr(module, "evaluate"))
+        if run_by_family or resolved.found.import_name.startswith("methods."):
             yield f"methods.{resolved.found.family}"
 
     def _data_sets(self, resolved: Resolved) -> list[str]:

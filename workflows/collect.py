@@ -227,8 +227,10 @@ class Collector:
         }  # fmt: skip
 
     def _command(self) -> str:
-        scale = " scale=smoke" if self.plan.settings.smoke else ""
-        return f"snakemake --cores 2 --config experiment={self.plan.settings.experiment}{scale}"
+        settings = self.plan.settings
+        scale = " scale=smoke" if settings.smoke else ""
+        data = " data=DIR" if settings.data else ""  # where it lies on this machine is nobody's business
+        return f"snakemake --cores 2 --config experiment={settings.experiment}{data}{scale}"
 
     def _claims(self) -> list[dict[str, Any]]:
         """Claims of the methods used, each method's once, then the experiment's own."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from methods.find import Found, catalogue
+from methods.find import Found, catalogue, using
 from methods.stage import AssayError, Interrupted, NotFinite, Row, Scoring, Stage
 from workflows import code, machine, promises
 from workflows.account import Account
@@ -145,7 +145,7 @@ class _Attempt:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
     def _run_and_publish(self) -> None:
-        with _logged(self.temporary / "log.txt"):
+        with _logged(self.temporary / "log.txt"), using(self._outside):
             self._seed()
             self.account.start()
             start = time.monotonic()
@@ -158,17 +158,19 @@ class _Attempt:
 
     # - what is run
 
+    @property
+    def _outside(self) -> tuple[Path, ...]:
+        return tuple(Path(folder) for folder in self.job.methods)
+
     def _found(self) -> Found:
-        outside = tuple(Path(folder) for folder in self.job.methods)
-        table = catalogue(outside)
+        table = catalogue(self._outside)
         return (
             table.method(self.job.method) if self.job.kind == "stage" else table.evaluation(self.job.method)
         )
 
     def _check_code(self) -> None:
         """A job stops when the code it would run is not the code it was planned with."""
-        outside = tuple(Path(folder) for folder in self.job.methods)
-        pieces = catalogue(outside).components
+        pieces = catalogue(self._outside).components
         components = [pieces[name] for name in self.job.code if name in pieces]
         shared = [name for name in self.job.code if name != self.found.name and name not in pieces]
         now = code.code_of(self.found, components, shared)

@@ -1,6 +1,6 @@
 """The kill test: an experiment killed with SIGKILL twenty times ends with the rows of an undisturbed run.
 
-    python tests/benchmarks/kill.py DIR [--experiment tiny] [--kills 20] [--reuse DIR/a]
+    python tests/benchmarks/kill.py [DIR] [--experiment tiny] [--kills 20] [--reuse DIR/a]
 
 DIR/a gets the undisturbed run, DIR/b the one whose whole process group is killed, at moments spread over its jobs:
 right after a state was saved, while one is being saved or a model is being written, in the middle of training
@@ -286,7 +286,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where both runs go")
+    parser.add_argument("folder", type=Path, nargs="?", default=runs.fresh("kill"), help="where both runs go")
     parser.add_argument("--experiment", default="tiny")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--cores", type=int, default=2)

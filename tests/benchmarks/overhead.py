@@ -1,6 +1,6 @@
 """What the harness itself costs: wall time of an experiment at one core over the seconds inside its jobs.
 
-    python tests/benchmarks/overhead.py DIR [--experiment tiny] [--against OTHER]
+    python tests/benchmarks/overhead.py [DIR] [--experiment tiny] [--against OTHER]
 
 Inside counts from the call of a method or evaluation to its return, as the records have it. With ``--against`` the
 rows, curves and models are compared with those of another run of the same experiment, such as one under two cores.
@@ -67,7 +67,13 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="results folder of the run; must be empty")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=runs.fresh("overhead"),
+        help="results folder of the run; must be empty",
+    )
     parser.add_argument("--experiment", default="tiny")
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--against", type=Path, help="results folder of another run to compare with")

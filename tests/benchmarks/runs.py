@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,11 @@ class Started:
     @property
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def fresh(name: str) -> Path:
+    """A folder below ``build/`` that is not there yet."""
+    return ROOT / "build" / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def command(results: Path, experiment: str, cores: int = 2, *flags: str, **config: object) -> list[str]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from methods.find import catalogue
+from methods import find
 from workflows import plan, runner
 from workflows.plan import Plan
 from workflows.record import Record, Store, read_record
@@ -32,7 +32,7 @@ def planned(experiment: Path, results: Path, methods: Path = METHODS, **config: 
     """The plan, its missing jobs frozen. Methods from outside are read anew: a test may have edited them."""
     for name in [name for name in sys.modules if name.startswith("assay_outside.")]:
         del sys.modules[name]
-    catalogue.cache_clear()
+    find._catalogue.cache_clear()
     values = {"experiment": str(experiment), "results": str(results), "methods": str(methods), **config}
     built = plan.load(values)
     built.freeze()
