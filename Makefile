@@ -57,7 +57,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slurm" $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slurm" $(PYTEST)
 
 reproduce: $(STAMP)
 	$(BIN)/snakemake --cores $(CORES) --config experiment=$(EXPERIMENT) results=$(RESULTS) $(CONFIG)
