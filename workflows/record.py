@@ -34,8 +34,8 @@ class ParentRef(_File):
     step: int | None = None
 
 
-class Job(_File):
-    """What a job computes, frozen by the planner before anything runs."""
+class _Described(_File):
+    """What a job is: the same in its frozen file and in its record."""
 
     version: int = VERSION
     id: str
@@ -47,9 +47,14 @@ class Job(_File):
     config: dict[str, Any]
     parents: dict[str, ParentRef]
     seed: int | None
-    code: dict[str, str]
     content: dict[str, str]
     threads: int
+
+
+class Job(_Described):
+    """What a job computes, frozen by the planner before anything runs."""
+
+    code: dict[str, str]
     country: str
     resources: dict[str, float]
     data: str | None = None
@@ -61,6 +66,11 @@ class Job(_File):
     def family(self) -> str:
         """The Snakemake rule that runs the job: ``unlearn``, ``prune``, …, ``evaluate``."""
         return self.id.partition(".")[0]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a record repeats of the job."""
+        return {name: getattr(self, name) for name in _Described.model_fields}
 
 
 class FileEntry(_File):
@@ -83,20 +93,9 @@ class RowEntry(_File):
     better: str = ""
 
 
-class Record(_File):
+class Record(_Described):
     """What a finished job leaves beside its result."""
 
-    version: int = VERSION
-    id: str
-    digest: str
-    recipe: str
-    kind: Literal["stage", "score"]
-    label: str
-    method: str
-    config: dict[str, Any]
-    parents: dict[str, ParentRef]
-    seed: int | None
-    content: dict[str, str]
     attempts: int
     start: float
     end: float
@@ -107,7 +106,6 @@ class Record(_File):
     energy_attempts: list[dict[str, Any]]
     device: str
     processes: int
-    threads: int
     peak_memory_mb: float
     versions: dict[str, str]
     commit: str

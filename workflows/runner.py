@@ -254,13 +254,11 @@ class _Attempt:
         energy = self.account.stop()
         inside = self.seconds_inside
         record = Record(
-            id=self.job.id, digest=self.job.digest, recipe=self.job.recipe, kind=self.job.kind, label=self.job.label,
-            method=self.job.method, config=self.job.config, parents=self.job.parents, seed=self.job.seed,
-            content=self.job.content, attempts=self.account.attempts, start=self.begun, end=time.time(),
+            **self.job.description, attempts=self.account.attempts, start=self.begun, end=time.time(),
             seconds_inside=inside, seconds_outside=time.monotonic() - self.started - inside,
             resumed_from_step=int(notes.pop("resumed_from_step", 0) or 0), energy=energy,
             energy_attempts=self.account.history, device=str(notes.get("device", machine.device())),
-            processes=int(notes.get("processes", 1)), threads=self.job.threads, peak_memory_mb=machine.peak_memory_mb(),
+            processes=int(notes.get("processes", 1)), peak_memory_mb=machine.peak_memory_mb(),
             versions=machine.versions(), commit=machine.commit(), dirty=machine.dirty(), machine=machine.name(),
             auto_class=auto_class, notes=notes, rows=[_row(row) for row in rows],
             files=promises.files_of(self.temporary),
