@@ -325,3 +325,12 @@ def test_the_csv_of_a_table_holds_numbers_in_the_units_of_the_rows(drawn: Path) 
     assert ascent["energy.chain_kwh unit"] == "kWh estimated, shared"
     assert float(ascent["energy.chain_kwh"]) == pytest.approx(0.00021, rel=0.1)
     assert json.loads((drawn / "experiment.json").read_text())["name"] == "invented"
+
+
+def test_the_terminal_table_is_aligned_and_has_every_row(measured: Measured) -> None:
+    made = tables.table(measured, "t", {"columns": ["forget10.forget_nll", "energy.chain_kwh"]})
+    lines = typeset.plain(made).splitlines()
+    body = lines[-len(made.rows) :]
+    assert [line.split()[0] for line in body] == [row[0].text.split()[0] for row in made.rows]
+    assert len({line.rindex(")") for line in body if line.endswith(")")}) <= 1
+    assert len(lines) > len(made.rows)

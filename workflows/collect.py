@@ -330,15 +330,15 @@ def _write_parquet(folder: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """``python -m workflows.collect EXPERIMENT [key=value …]``: write the tables and draw the report."""
-    from workflows import plan
-    from workflows.report import report
+    from workflows import plan, typeset
+    from workflows.report import count_verdicts, report
     from workflows.settings import Settings, from_arguments
 
     try:
         built = plan.load(from_arguments(arguments))
         folder = report_folder(built)
         Collector(built).write(folder)
-        report(folder)
+        drawn = report(folder)
     except AssayError as error:
         print(f"assay: {error}", file=sys.stderr)
         return 2
@@ -346,7 +346,9 @@ def main(arguments: list[str]) -> int:
         where = Path(error.filename or Settings.read(from_arguments(arguments)).results)
         print(f"assay: {not_written(where, error)}", file=sys.stderr)
         return 2
-    print(f"report: {folder / 'report.html'}")
+    if drawn.tables:
+        print(f"\n{typeset.plain(drawn.tables[0])}\n")
+    print(f"verdicts: {count_verdicts(drawn)}\nreport: {folder / 'report.html'}")
     return 0
 
 

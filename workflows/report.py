@@ -40,9 +40,11 @@ class Report:
     not_drawn: list[str]
 
 
-def report(folder: Path) -> None:
+def report(folder: Path) -> Report:
     """Draw the report of one result folder into that folder."""
-    write(build([Path(folder)]), Path(folder))
+    drawn = build([Path(folder)])
+    write(drawn, Path(folder))
+    return drawn
 
 
 def build(folders: Sequence[Path]) -> Report:
@@ -74,9 +76,14 @@ def write(drawn: Report, out: Path) -> None:
     _text(out / "README.md", index(drawn))
 
 
+def count_verdicts(drawn: Report) -> str:
+    """``26 holds here, 8 needs more seeds``."""
+    counts = Counter(row.verdict for row in drawn.verdicts)
+    return ", ".join(f"{n} {word}" for word, n in counts.items()) or "no claims"
+
+
 def index(drawn: Report) -> str:
     """README.md of a result folder: what is in it, and the tables as they came out."""
-    counts = Counter(row.verdict for row in drawn.verdicts)
     lines = [
         f"# {title_of(drawn.measured)}",
         "",
@@ -84,9 +91,7 @@ def index(drawn: Report) -> str:
         "",
     ]
     lines += [
-        "Verdicts ([reproduction.csv](reproduction.csv)): "
-        + (", ".join(f"{n} {word}" for word, n in counts.items()) or "no claims")
-        + ".",
+        f"Verdicts ([reproduction.csv](reproduction.csv)): {count_verdicts(drawn)}.",
         "",
     ]
     for table in drawn.tables:

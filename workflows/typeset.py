@@ -1,7 +1,8 @@
-"""Markdown and LaTeX of a drawn table."""
+"""Markdown, LaTeX and plain text of a drawn table."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from workflows.tables import Table
@@ -28,6 +29,22 @@ def _plain(text: str) -> str:
         .replace("*", "\\*")
         .replace("<", "&lt;")
     )
+
+
+def plain(drawn: Table) -> str:
+    """The table in aligned columns for a terminal; headings longer than their column are broken at blanks."""
+    rows = [[cell.text for cell in row] for row in drawn.rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(width, *map(len, head.split())) for width, head in zip(widths, drawn.headers, strict=True)]
+    heads = [textwrap.wrap(head, width) for head, width in zip(drawn.headers, widths, strict=True)]
+    tallest = max(map(len, heads))
+    above = [[""] * (tallest - len(head)) + head for head in heads]
+    return "\n".join(_aligned(line, widths) for line in [*zip(*above, strict=True), *rows])
+
+
+def _aligned(texts: Sequence[str], widths: Sequence[int]) -> str:
+    first, *others = zip(texts, widths, strict=True)
+    return "  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]).rstrip()
 
 
 _LATEX = {
