@@ -122,6 +122,13 @@ class Invocation:
     def _job(self, job_id: str) -> Job:
         return self.plan.jobs[job_id] if self.plan is not None else read_job(self.store.job(job_id))
 
+    def label(self, job_id: str) -> str:
+        """What a job computes, in a line: its stage, and how many scores its process does."""
+        evaluation, of, model = self._job(job_id).label.rpartition(" of ")
+        others = len(self.plan.batches.get(job_id, [])) - 1 if self.plan is not None else 0
+        more = f" and {others} more" if others > 0 else ""
+        return f"{evaluation}{more}{of}{model.rpartition(' > ')[2]}"
+
     def threads(self, job_id: str) -> int:
         """The experiment's threads; a job that must run alone takes every core."""
         from methods.find import catalogue

@@ -5,6 +5,8 @@
 rule prepare:
     output:
         RUN.receipt("prepare"),
+    message:
+        "fetching models and data from the hub"
     params:
         command=RUN.command("workflows.prepare"),
     shell:
@@ -16,6 +18,8 @@ rule report:
         RUN.all_receipts(),
     output:
         RUN.receipt("report"),
+    message:
+        "drawing tables, figures and verdicts"
     params:
         command=RUN.command("workflows.collect"),
         settings=RUN.arguments,
@@ -28,8 +32,11 @@ rule model:
         lambda wildcards: RUN.needs(wildcards.id),
     output:
         RUN.pattern("model"),
+    message:
+        "{wildcards.id}: {params.label}"
     params:
         command=RUN.command("workflows.job"),
+        label=lambda wildcards: RUN.label(wildcards.id),
     threads: lambda wildcards: RUN.threads(wildcards.id)
     resources:
         gpu=lambda wildcards: RUN.gpus(wildcards.id),
