@@ -382,6 +382,24 @@ def test_weights_that_come_out_different_are_not_put_back(own: Path, tmp_path: P
     assert not (path.parent / "model").exists()
 
 
+def test_a_step_asked_for_later_is_kept_without_touching_the_record(own: Path, tmp_path: Path) -> None:
+    store = toy.planned(toy.write(tmp_path / "toy.yaml", CHAINS), own).store
+    target = CHAINS["target"].rstrip()
+    later = CHAINS | {
+        "target": f"{target[:-1]}, checkpoints=[2])",
+        "early": "target@step2 > prune.magnitude(sparsity=0.5)",
+    }
+    built = toy.planned(toy.write(tmp_path / "toy.yaml", later), own)
+    job_id = toy.job_of(built, "target")
+    record = store.record(job_id)
+    before = (record.stat().st_ino, record.read_bytes())
+    assert job_id in built.missing and not (record.parent / "model@2").exists()
+    toy.run(built)
+    assert (record.parent / "model@2" / "model.safetensors").is_file()
+    assert (record.stat().st_ino, record.read_bytes()) == before
+    assert not toy.planned(tmp_path / "toy.yaml", own).missing
+
+
 def test_a_model_of_an_earlier_step_is_a_parent_of_its_own(results: Path) -> None:
     store = Store(results)
     assert store.parent_folder(ParentRef(id="train.sft-000000000000", step=4)).name == "model@4"

@@ -115,8 +115,11 @@ def _run_claimed(store: Store, job: Job, models: Any) -> None:
 
 
 def _done(store: Store, job: Job) -> bool:
-    """A score is done with its record; a stage also needs what its readers read."""
-    return store.record(job.id).is_file() and (job.kind == "score" or store.has_weights(job.id))
+    """A score is done with its record; a stage also needs what its readers read: weights, and kept steps."""
+    if not store.record(job.id).is_file():
+        return False
+    kept = [store.result(job.id) / f"model@{step}" for step in job.config.get("checkpoints") or ()]
+    return job.kind == "score" or (store.has_weights(job.id) and all(folder.is_dir() for folder in kept))
 
 
 @dataclass
@@ -335,7 +338,7 @@ def _publish_folder(store: Store, job: Job, temporary: Path, record: Record) -> 
     except OSError:
         if not store.record(job.id).is_file():
             raise
-        if not store.has_weights(job.id):
+        if not _done(store, job):
             _put_weights_back(store, job, temporary, record)
     _sync_folder(final.parent)
 
