@@ -18,7 +18,9 @@ NAMES = [folder.name for folder in FOLDERS]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
-def test_published_tables_and_verdicts_are_drawn_from_the_published_numbers(folder: Path, tmp_path: Path) -> None:
+def test_published_tables_and_verdicts_are_drawn_from_the_published_numbers(
+    folder: Path, tmp_path: Path
+) -> None:
     for name in ("results.csv", "jobs.csv", "curves.csv", "experiment.json"):
         shutil.copy(folder / name, tmp_path / name)
     report(tmp_path)
