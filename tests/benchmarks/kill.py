@@ -48,12 +48,12 @@ class Watch:
     def begin(self) -> None:
         """A run begins: what lies there now is of runs that were killed."""
         self.old = {
-            path for pattern in ("s*s/*.tmp-*", "scratch/*/tmp-*") for path in self.results.glob(pattern)
+            path for pattern in ("s*s/*.tmp-*", "scratch/*/tmp-*") for path in runs.look(self.results, pattern)
         }
 
     def saved(self) -> bool:
         """A state is complete of a job that no kill has hit after a saved state yet."""
-        for state in self.results.glob("scratch/*/state-*"):
+        for state in runs.look(self.results, "scratch/*/state-*"):
             job_id = state.parent.name
             if job_id not in self.hit and self._under_way(job_id):
                 self.met = job_id
@@ -84,7 +84,7 @@ class Watch:
         return self._any(f"stages/{job_id}.tmp-*") and not (self.results / "stages" / job_id).exists()
 
     def _any(self, pattern: str) -> bool:
-        for found in self.results.glob(pattern):
+        for found in runs.look(self.results, pattern):
             if not self.old & {found, *found.parents}:
                 self.met = found.relative_to(self.results).parts[1]
                 return True
@@ -242,7 +242,7 @@ def verdict(undisturbed: Path, killed: KilledRun, experiment: str) -> list[str]:
     if len(killed.kills) < killed.options.kills:
         wrong.append(f"{len(killed.kills)} kills of {killed.options.kills} met a running workflow")
     kinds = Counter(kill.kind for kill in killed.kills)
-    left = sorted(path.name for path in killed.results.glob("s*s/*.tmp-*"))
+    left = sorted(path.name for path in runs.look(killed.results, "s*s/*.tmp-*"))
     print(f"\nkills: {len(killed.kills)} ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})")
     print(f"jobs: {len(after)}, of these {len(resumed)} resumed from a saved state; "
           f"done twice: {len(killed.witness.repeated)}; folders of killed attempts left: {len(left)}")  # fmt: skip

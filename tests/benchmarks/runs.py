@@ -96,8 +96,16 @@ def members(group: int) -> Iterator[tuple[int, str]]:
 
 def records(results: Path) -> dict[str, dict[str, Any]]:
     """Every record of a results folder by id."""
-    paths = sorted(results.glob("s*s/*/record.json"))
+    paths = sorted(look(results, "s*s/*/record.json"))
     return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths if _whole(path)}
+
+
+def look(results: Path, pattern: str) -> list[Path]:
+    """What matches a pattern now; folders that go while one looks were not there."""
+    try:
+        return list(results.glob(pattern))
+    except FileNotFoundError:
+        return look(results, pattern)
 
 
 def _whole(path: Path) -> bool:
@@ -122,7 +130,7 @@ class Witness:
         return len(there)
 
     def _stamps(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        for path in self.results.glob("s*s/*/record.json"):
+        for path in look(self.results, "s*s/*/record.json"):
             if _whole(path):
                 status = path.stat()
                 yield path.parent.name, (status.st_ino, status.st_mtime_ns)
