@@ -10,6 +10,7 @@ and of scoring, and while the report is being drawn. Exit code 0 if everything t
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 import time
@@ -48,7 +49,9 @@ class Watch:
     def begin(self) -> None:
         """A run begins: what lies there now is of runs that were killed."""
         self.old = {
-            path for pattern in ("s*s/*.tmp-*", "scratch/*/tmp-*") for path in runs.look(self.results, pattern)
+            path
+            for pattern in ("s*s/*.tmp-*", "scratch/*/tmp-*")
+            for path in runs.look(self.results, pattern)
         }
 
     def saved(self) -> bool:
@@ -218,6 +221,23 @@ def energy(record: dict[str, Any]) -> float:
     return float(record["energy"]["total_kwh"])
 
 
+def resumed_energy(before: dict[str, Any], after: dict[str, Any]) -> float:
+    """Energy of the resumed jobs over that of the same jobs undisturbed, the untouched jobs' own ratio taken as 1.
+
+    Where energy is estimated it grows with the time a job takes, and so with whatever else the machine did during
+    either run; the jobs that no kill met measure that.
+    """
+    resumed = [i for i, record in after.items() if record["resumed_from_step"] > 0 and i in before]
+    untouched = [i for i, record in after.items() if record["attempts"] == 1 and i in before]
+    if not resumed or not untouched:
+        return math.inf
+    both = [
+        sum(energy(after[i]) for i in ids) / sum(energy(before[i]) for i in ids)
+        for ids in (resumed, untouched)
+    ]
+    return both[0] / both[1]
+
+
 def verdict(undisturbed: Path, killed: KilledRun, experiment: str) -> list[str]:
     """Print the figures; returns what does not hold, in sentences."""
     before, after = runs.records(undisturbed), runs.records(killed.results)
@@ -232,9 +252,9 @@ def verdict(undisturbed: Path, killed: KilledRun, experiment: str) -> list[str]:
             print(
                 f"{job_id:44s} {record['attempts']:8d} {record['resumed_from_step']:12d} {steps!s:>8s} {ratio:6.2f}x"
             )
-    spent, undisturbed_spent = (sum(energy(all_[i]) for i in resumed) for all_ in (after, before))
-    if spent < LEAST_ENERGY * undisturbed_spent:
-        wrong.append(f"resumed jobs report {spent / undisturbed_spent:.2f} of the energy of undisturbed ones")
+    ratio = resumed_energy(before, after)
+    if ratio < LEAST_ENERGY:
+        wrong.append(f"resumed jobs report {ratio:.2f} of the energy of undisturbed ones")
     trained = sum("steps" in record["notes"] for record in before.values())
     wanted = min(5, trained, spread(killed.options.kills).count("saved"))
     if len(resumed) < wanted:
@@ -247,9 +267,7 @@ def verdict(undisturbed: Path, killed: KilledRun, experiment: str) -> list[str]:
     print(f"jobs: {len(after)}, of these {len(resumed)} resumed from a saved state; "
           f"done twice: {len(killed.witness.repeated)}; folders of killed attempts left: {len(left)}")  # fmt: skip
     if resumed:
-        print(f"energy of the resumed jobs: {spent / undisturbed_spent:.3f} of what they take undisturbed")
-    whole = sum(energy(before[job_id]) for job_id in after if job_id in before)
-    print(f"energy: {sum(map(energy, after.values())) / whole:.3f} of the undisturbed run's")
+        print(f"energy of the resumed jobs: {ratio:.3f} of what they take undisturbed (untouched jobs: 1)")
     return wrong
 
 
