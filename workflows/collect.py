@@ -221,10 +221,17 @@ class Collector:
             "seeds": experiment.seeds, "scale": self.plan.settings.scale, "chains": experiment.chains,
             "models": {name: spec.model_dump(exclude_none=True) for name, spec in experiment.models.items()},
             "evaluate": {name: entry.model_dump() for name, entry in experiment.evaluate.items()},
-            "tables": experiment.tables, "figures": experiment.figures, "claims": self._claims(),
+            "tables": experiment.tables, "figures": self._figures(), "claims": self._claims(),
             "command": self._command(), "commit": machine.commit(), "dirty": machine.dirty(),
             "versions": machine.versions(), "machine": machine.name(),
         }  # fmt: skip
+
+    def _figures(self) -> dict[str, dict[str, Any]]:
+        """Figures as specified; two steps reach no level that was chosen for a real run."""
+        figures = self.plan.experiment.figures
+        if not self.plan.settings.smoke:
+            return figures
+        return {name: {k: v for k, v in spec.items() if k != "levels"} for name, spec in figures.items()}
 
     def _command(self) -> str:
         settings = self.plan.settings
