@@ -20,9 +20,9 @@ NOTE_SECONDS = 10.0
 class Account:
     """Meters this attempt and adds what earlier attempts had spent."""
 
-    def __init__(self, scratch: Path, country: str, results: str) -> None:
+    def __init__(self, scratch: Path, country: str) -> None:
         self.path = scratch / "account.json"
-        self.country, self.results = country, results
+        self.country = country
         earlier = self._read()
         self.history: list[dict[str, Any]] = earlier["history"]
         self.attempts: int = earlier["attempts"] + 1

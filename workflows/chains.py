@@ -5,7 +5,6 @@ Nothing here loads torch; nothing is written.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +18,7 @@ from workflows import code, notation
 from workflows.experiment import Evaluation, Experiment, ModelSpec, Resources
 from workflows.notation import Assignment, Call, Chain, Choice, Name
 from workflows.options import Resolved, encode_config, resolve
-from workflows.record import Job, ParentRef, digest
+from workflows.record import Job, ParentRef, digest, file_sha256
 from workflows.settings import Settings
 
 
@@ -465,6 +464,5 @@ def folder_digest(folder: Path) -> str:
     for path in sorted(item for item in folder.rglob("*") if item.is_file()):
         if not path.resolve().is_relative_to(folder.resolve()):
             raise AssayError(f"{path} is a link that leaves the model folder.")
-        with open(path, "rb") as file:
-            parts.append([str(path.relative_to(folder)), hashlib.file_digest(file, "sha256").hexdigest()])
+        parts.append([str(path.relative_to(folder)), file_sha256(path)])
     return digest(parts)

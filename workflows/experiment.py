@@ -145,7 +145,7 @@ def load(path: Path) -> Experiment:
         }
         experiment = Experiment.model_validate({**values, "name": path.stem, "places": places})
     except ValidationError as error:
-        raise AssayError(_sentence(path, error, values, lines)) from None
+        raise AssayError(_sentence(path, error, lines)) from None
     _check_names(path, experiment, lines)
     return experiment
 
@@ -220,7 +220,7 @@ def line_of(lines: Lines, place: tuple[Any, ...]) -> int:
     return lines.get(place, 1)
 
 
-def _sentence(path: Path, error: ValidationError, values: dict[str, Any], lines: Lines) -> str:
+def _sentence(path: Path, error: ValidationError, lines: Lines) -> str:
     first = error.errors()[0]
     place = tuple(part for part in first["loc"])
     where = f"{path}, line {line_of(lines, place)}"

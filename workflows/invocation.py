@@ -42,13 +42,12 @@ class Invocation:
     @classmethod
     def open(cls, config: dict[str, Any], *, main: bool, cores: int | None) -> Invocation:
         """Plan in the main process; take the run's name from the environment in a spawned one."""
-        values = {key: value for key, value in config.items() if key != "invocation"}
-        settings = Settings.read(values)
+        settings = Settings.read(config)
         if not main:
             return cls(settings, os.environ.get("ASSAY_RUN", "spawned"), None, cores)
         run = time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:6]
         os.environ["ASSAY_RUN"] = run
-        return cls(settings, run, plan.load(values), cores)
+        return cls(settings, run, plan.load(config), cores)
 
     # - paths
 

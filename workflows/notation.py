@@ -328,7 +328,7 @@ Assignment = tuple[tuple[str, Value], ...]
 def expand(chain: Chain) -> list[tuple[Assignment, Chain]]:
     """Every member of the family with what its sweeps chose; several sweeps multiply, the last runs fastest."""
     places = [chain.first, *chain.stages]
-    swept = list(itertools.chain.from_iterable(_sweeps(place, index) for index, place in enumerate(places)))
+    swept = list(itertools.chain.from_iterable(map(_sweeps, places)))
     keys = _keys([path for path, _ in swept])
     members = []
     for chosen in itertools.product(*(choice.elements for _, choice in swept)):
@@ -338,12 +338,12 @@ def expand(chain: Chain) -> list[tuple[Assignment, Chain]]:
     return members
 
 
-def _sweeps(value: Value, index: int, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Choice]]:
+def _sweeps(value: Value, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Choice]]:
     if isinstance(value, Choice):
         yield path or ("stage",), value
     elif isinstance(value, Call):
         for option, inner in value.options:
-            yield from _sweeps(inner, index, (*path, value.name, option))
+            yield from _sweeps(inner, (*path, value.name, option))
 
 
 def _choose(value: Value, chosen: Iterator[Value]) -> Value:

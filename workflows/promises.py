@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from methods.stage import AssayError, NotFinite
-from workflows.record import FileEntry, Job, Store
+from workflows.record import FileEntry, Job, Store, file_sha256
 
 # Spoken to in the same way: these files of the parent must reappear byte for byte.
 SPEECH = (
@@ -108,7 +107,5 @@ def files_of(folder: Path) -> list[FileEntry]:
     for path in sorted(item for item in folder.rglob("*") if item.is_file()):
         relative = path.relative_to(folder).as_posix()
         if relative not in ("log.txt", "record.json"):
-            with open(path, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            entries.append(FileEntry(path=relative, bytes=path.stat().st_size, sha256=sha256))
+            entries.append(FileEntry(path=relative, bytes=path.stat().st_size, sha256=file_sha256(path)))
     return entries

@@ -46,11 +46,10 @@ SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY"
 def run(job_id: str, results: Path, receipt: Path | None) -> None:
     """Run a job (a leader score: its whole batch) unless its record is there, and leave the receipt."""
     store = Store(results)
-    prepare_environment(read_job(store.job(job_id)).threads)
-    ids = _batch(job_id, receipt)
     job = read_job(store.job(job_id))
+    prepare_environment(job.threads)
     with lease(cards_for(job.resources, job.smoke)):
-        _run_all(store, ids)
+        _run_all(store, _batch(job_id, receipt))
     if receipt is not None:
         receipt.parent.mkdir(parents=True, exist_ok=True)
         receipt.touch()
@@ -139,7 +138,7 @@ class _Attempt:
         self.temporary = self.store.result(self.job.id).with_name(f"{self.job.id}.tmp-{uuid.uuid4().hex[:8]}")
         self._remove_abandoned()
         self.temporary.mkdir(parents=True)
-        self.account = Account(self.store.scratch(self.job.id), self.job.country, str(self.store.root))
+        self.account = Account(self.store.scratch(self.job.id), self.job.country)
         try:
             self._run_and_publish()
         except BaseException as error:  # noqa: BLE001 — every end of an attempt is recorded, then raised again

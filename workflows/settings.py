@@ -37,11 +37,6 @@ class Settings:
     def smoke(self) -> bool:
         return self.scale == "smoke"
 
-    @property
-    def root(self) -> Path:
-        """Where generated results lie; smoke runs never mix with real ones."""
-        return self.results
-
     @classmethod
     def read(cls, config: dict[str, Any]) -> Settings:
         """Check Snakemake's config mapping; raises ``AssayError`` with the nearest valid key or value."""

@@ -128,7 +128,7 @@ def _of_claim(
     stated = (claim["method"], claim["sentence"], claim["source"], claim["scope"])
     about = (claim["subject"], _other_text(claim), claim["metric"])
     blank = Verdict(*stated, *about, 0, math.nan, math.nan, math.nan, math.nan, NOT_RUN, "", folder)
-    reason = _not_comparable(experiment, claim)
+    reason = _not_comparable(experiment)
     if reason:
         return [replace(blank, condition=reason)]
     subjects = matching(claim["subject"], runs)
@@ -234,7 +234,7 @@ def _sides(relation: str, margin: float, low: float, high: float) -> tuple[bool,
 # --- published settings -----------------------------------------------------------------------------------
 
 
-def _not_comparable(experiment: Mapping[str, Any], claim: Mapping[str, Any]) -> str:
+def _not_comparable(experiment: Mapping[str, Any]) -> str:
     smoke = experiment.get("scale", "full") == "smoke"
     return "a smoke run shows that the jobs work; its numbers mean nothing" if smoke else ""
 
