@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from methods.progress import derive_seed
@@ -36,10 +36,15 @@ WHOLE = "batch"
 
 
 class Batch:
-    """What a loss sees of one step: a ``Part`` per name, how many updates were done, and how many there will be."""
+    """What a loss sees of one step: a ``Part`` per name, how many updates were done, and how many there will be.
 
-    def __init__(self, parts: Mapping[str, Part], step: int, steps: int) -> None:
-        self.parts, self.step, self.steps = parts, step, steps
+    ``values`` are numbers that change from step to step, such as a dual variable (``methods.loop.Adaptive``).
+    """
+
+    def __init__(
+        self, parts: Mapping[str, Part], step: int, steps: int, values: Mapping[str, float] | None = None
+    ) -> None:
+        self.parts, self.step, self.steps, self.values = parts, step, steps, values or {}
 
     def __getattr__(self, name: str) -> Part:
         try:
@@ -91,13 +96,17 @@ class Gradient:
         self.micro_batch, self.seed, self.device = micro_batch, seed, device
         self.workers = workers or Workers()
         self._plain = False
+        self._values: Mapping[str, float] = {}
 
-    def __call__(self, parts: Mapping[str, Part], step: int, steps: int) -> dict[str, float]:
+    def __call__(
+        self, parts: Mapping[str, Part], step: int, steps: int, values: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
         """The unweighted mean of every term; gradients are left in the parameters.
 
         Raises:
             NotFinite: a term is not a finite number.
         """
+        self._values = values or {}
         pieces = cut(parts, pieces_of(parts, self.micro_batch, self.workers.count))
         share = len(pieces) // self.workers.count
         mine = [
@@ -119,7 +128,7 @@ class Gradient:
             ):
                 self._plain = True
                 del terms
-                return self(parts, step, steps)
+                return self(parts, step, steps, values)
             whole = known or _whole(terms, parts, several)
             self._backward(terms, whole, step)
             _accumulate(sums, terms)
@@ -136,7 +145,7 @@ class Gradient:
         for index, piece in pieces:
             torch.manual_seed(derive_seed(self.seed, step, index))
             on_device = {name: part.to(self.device) for name, part in piece.items()}
-            yield self.loss(self.model, Batch(on_device, step, steps))
+            yield self.loss(self.model, Batch(on_device, step, steps, self._values))
 
     def _first_pass(
         self,
@@ -229,13 +238,7 @@ def _rows(part: Part, index: int, count: int) -> Part:
     if count == 1:
         return part
     size = part.labels.shape[0]
-    rows = slice(index * size // count, (index + 1) * size // count)
-    return replace(
-        part,
-        input_ids=part.input_ids[rows],
-        attention_mask=part.attention_mask[rows],
-        labels=part.labels[rows],
-    )
+    return part.rows(slice(index * size // count, (index + 1) * size // count))
 
 
 # --- sums, counts, slopes -----------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
-    from methods.data import Example, Part
+    from methods.data import Example, Part, Variants
     from methods.progress import State
 
 REVISION = 1
@@ -105,10 +105,11 @@ class Batches:
     """Which examples each step sees, from (seed, part, step) alone.
 
     Each part is shuffled anew every epoch; the first one's length is what an epoch means. ``drawn`` parts are drawn
-    uniformly with replacement instead. ``follows={"template": "forget"}`` gives a part the row numbers of another.
+    uniformly with replacement instead. ``follows={"template": "forget"}`` gives a part the row numbers of another. Of a
+    row that comes in ``Variants``, one is drawn each time it is seen.
     """
 
-    parts: Mapping[str, Sequence[Example]]
+    parts: Mapping[str, Sequence[Example] | Variants]
     size: int
     seed: int
     follows: Mapping[str, str] = field(default_factory=dict)
@@ -121,7 +122,30 @@ class Batches:
 
     def at(self, step: int) -> dict[str, list[Example]]:
         """The examples of a 0-based step, by part."""
-        return {name: [rows[index] for index in self.rows(name, step)] for name, rows in self.parts.items()}
+        return {
+            name: [self.example(name, *place) for place in self.places(name, step)] for name in self.parts
+        }
+
+    def example(self, name: str, row: int, variant: int | None) -> Example:
+        """One example of a part."""
+        found: Any = self.parts[name][row]
+        example: Example = found if variant is None else found[variant]
+        return example
+
+    def places(self, name: str, step: int) -> list[tuple[int, int | None]]:
+        """The row numbers of one part, each with the variant that is drawn where rows have several."""
+        from methods.data import Variants
+
+        rows, part = self.rows(name, step), self.parts[name]
+        if not isinstance(part, Variants):
+            return [(row, None) for row in rows]
+        draw = random.Random(f"{self.seed}/{name}/variant/{step}").random
+        return [(row, int(draw() * self._variants(name, part, row))) for row in rows]
+
+    def _variants(self, name: str, part: Variants, row: int) -> int:
+        if len(part[row]) == 0:
+            raise AssayError(f"row {row} of {name} has nothing to choose from.")
+        return len(part[row])
 
     def rows(self, name: str, step: int) -> list[int]:
         """The row numbers of one part."""
@@ -144,6 +168,17 @@ class Batches:
         # The sampler keeps the current epoch's order; making one per step would sort all rows each time.
         samplers: dict[str, Sampler] = self.__dict__.setdefault("_samplers", {})
         return samplers.setdefault(name, Sampler(count, f"{self.seed}/{name}"))
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Numbers that a loss reads as ``batch.values["name"]`` and that change after each step: dual variables and such.
+
+    ``after`` gets the values of the step and the unweighted global mean of each of its terms.
+    """
+
+    start: Mapping[str, float]
+    after: Callable[[Mapping[str, float], Mapping[str, float]], Mapping[str, float]]
 
 
 # --- models -------------------------------------------------------------------------------------------------
@@ -270,6 +305,7 @@ def train(
     loss: Loss,
     *,
     outer: Outer | None = None,
+    adaptive: Adaptive | None = None,
     source: Path | None = None,
 ) -> None:
     """Train a ``prepare``d model and write ``model/``, ``curve.csv`` and the notes of the stage.
@@ -277,12 +313,13 @@ def train(
     Args:
         loss: named terms of (model, batch).
         outer: for a loss that is no sum over items: the objective as a function of the terms' global means.
+        adaptive: numbers the loss needs that change after each step; they are logged and saved.
         source: folder the tokenizer and the saved precision come from; default: the chain's parent.
     Raises:
         NotFinite: a term, gradient or weight is not finite; nothing is written.
         Interrupted: a stop signal came; the state is saved.
     """
-    run = _Run(stage, model, settings, batches, loss, outer, source or stage.parents["model"])
+    run = _Run(stage, model, settings, batches, loss, outer, adaptive, source or stage.parents["model"])
     try:
         run.resume(stage.progress.load())
         for step in stage.progress.bar(run.steps, initial=run.step):
@@ -307,6 +344,7 @@ class _Run:
         batches: Batches,
         loss: Loss,
         outer: Outer | None,
+        adaptive: Adaptive | None,
         source: Path,
     ) -> None:
         from methods.checkpoint import load_tokenizer
@@ -324,6 +362,8 @@ class _Run:
         self.steps = steps_of(settings, batches.count)
         self.step = self.tokens = 0
         self.curve: list[tuple[int, str, float]] = []
+        self.adaptive = adaptive or Adaptive({}, lambda values, means: values)
+        self.values = dict(self.adaptive.start)
         self.tokenizer = load_tokenizer(source)
         self.padding = padding_id(self.tokenizer)
         self.probes = list(self._probes())
@@ -373,6 +413,7 @@ class _Run:
             "compute_dtype": compute_precision(self.settings),
             "saved_dtype": saved_dtype(self.settings.saved, self.source),
             "resumed_from_step": 0,
+            "spent_at_step": {},
         }
 
     # --- a step ---------------------------------------------------------------------------------------------
@@ -380,7 +421,7 @@ class _Run:
     def update(self, step: int) -> None:
         """One optimizer step on one global batch."""
         parts = self._parts(step)
-        means = self.gradient(parts, step, self.steps)
+        means = self.gradient(parts, step, self.steps, self.values)
         norm = self._clip(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.factor(step)
@@ -389,7 +430,8 @@ class _Run:
         self.tokens += sum(int(part.attention_mask.sum()) for part in parts.values())
         if step % self.settings.log_every == 0 or step == self.steps - 1:
             rate = float(self.optimizer.param_groups[0]["lr"])
-            self._log(step, means | {"learning_rate": rate, "gradient_norm": norm})
+            self._log(step, means | self.values | {"learning_rate": rate, "gradient_norm": norm})
+        self.values = dict(self.adaptive.after(self.values, means))
 
     def _parts(self, step: int) -> dict[str, Part]:
         from methods.data import collate
@@ -481,6 +523,8 @@ class _Run:
         self.optimizer.load_state_dict(unpack(state.values["optimizer"], state.tensors))
         self.step, self.tokens = state.step, state.values["tokens"]
         self.curve = [tuple(row) for row in state.values["curve"]]
+        self.values = dict(state.values["values"])
+        self.stage.notes["spent_at_step"] = state.values["spent_at_step"]
         self.stage.notes["resumed_from_step"] = state.step
 
     def save(self, step: int) -> None:
@@ -491,7 +535,13 @@ class _Run:
         if (due or progress.stopping) and self.accelerator.is_main_process:
             tensors = dict(self._tensors())
             optimizer = pack(self.optimizer.state_dict(), "optimizer", tensors)
-            progress.save(step, tensors, {"optimizer": optimizer, "tokens": self.tokens, "curve": self.curve})
+            values = {
+                "optimizer": optimizer,
+                "tokens": self.tokens,
+                "curve": self.curve,
+                "values": self.values,
+            }
+            progress.save(step, tensors, values | {"spent_at_step": self.stage.notes["spent_at_step"]})
         progress.stop_if_asked(step)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -515,6 +565,7 @@ class _Run:
         unfinished = kept.with_name(f"unfinished-{kept.name}")
         for old in (unfinished, kept):
             shutil.rmtree(old, ignore_errors=True)
+        self.stage.notes["spent_at_step"][str(step)] = dict(self.stage.spent())
         self._write(copy.deepcopy(self.model), unfinished)
         unfinished.rename(kept)
 

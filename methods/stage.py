@@ -6,7 +6,7 @@ reads every method's options before a single job runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
@@ -58,13 +58,16 @@ class _Kind:
     name: str
 
 
-# A field of one of these types takes a component of that kind; ``Model`` takes a reference to a chain.
+# A field of one of the first types takes a component of that kind; ``Model`` takes a reference to a chain.
 Optimizer = Annotated[Component, _Kind("optimizer")]
 Schedule = Annotated[Component, _Kind("schedule")]
 Adapter = Annotated[Component, _Kind("adapter")]
 Head = Annotated[Component, _Kind("head")]
 Loss = Annotated[Component, _Kind("loss")]
 Model = Parent
+# A reference to another chain of which not the model but the ``files/`` or ``data/`` folder is read.
+Files = Annotated[Parent, _Kind("files")]
+Data = Annotated[Parent, _Kind("data")]
 # A text field that names data sets: their content's digest enters the job's id.
 Dataset = Annotated[str, _Kind("dataset")]
 
@@ -152,8 +155,10 @@ class Stage:
 
     ``folder`` is a temporary folder that the runner checks and publishes: ``model/`` (also
     ``model@<step>/``), ``data/`` or ``files/``, and ``curve.csv``. ``parents`` maps ``"model"`` (the chain's
-    parent, absent for a first stage) and each reference option's name to a folder in Hugging Face
-    layout. ``notes`` goes into the record; the keys the loop writes are listed in ``workflows.record.Record``.
+    parent, absent for a first stage) and each reference option's name to a folder in Hugging Face layout, or to
+    the ``files/`` or ``data/`` folder where the option's type says so. ``notes`` goes into the record; the keys the
+    loop writes are listed in ``workflows.record.Record``. ``spent`` says what the job has used so far, over all its
+    attempts: ``kwh`` and ``seconds``; nothing where no meter runs.
     """
 
     id: str
@@ -166,6 +171,7 @@ class Stage:
     data: Locator
     threads: int = 1
     notes: dict[str, Any] = field(default_factory=dict)
+    spent: Callable[[], Mapping[str, float]] = dict
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 
 from methods import loop
 from methods.checkpoint import load_model
-from methods.data import Example, Part, collate
+from methods.data import Example, Part, Variants, collate
 from methods.find import catalogue
 from methods.gradient import Gradient, Workers, cut, pieces_of
 from methods.progress import Progress
@@ -210,6 +210,32 @@ def test_a_part_that_follows_another_has_its_rows() -> None:
     assert all(batches.at(step)["forget"] == batches.at(step)["template"] for step in range(6))
     with pytest.raises(AssayError, match="template has 4 rows and must have one for each of the 5 of forget"):
         loop.Batches({"forget": rows, "template": rows[:4]}, 2, 0, {"template": "forget"}).at(0)
+
+
+def test_of_a_row_with_variants_one_is_drawn_each_time() -> None:
+    rows = [Example((n,), (n,)) for n in range(4)]
+    variants = Variants([[Example((n, k), (n, k)) for k in range(3)] for n in range(4)])
+    follows = {"template": "forget"}
+    made = loop.Batches({"forget": rows, "template": variants}, size=2, seed=1, follows=follows)
+    seen = [pair for step in range(40) for pair in zip(*made.at(step).values(), strict=True)]
+    assert all(plain.input_ids[0] == drawn.input_ids[0] for plain, drawn in seen)
+    assert {drawn.input_ids[1] for _, drawn in seen} == {0, 1, 2}
+    assert made.at(7) == loop.Batches({"forget": rows, "template": variants}, 2, 1, follows).at(7)
+    with pytest.raises(AssayError, match="row 0 of template has nothing to choose from"):
+        loop.Batches({"template": Variants([[]])}, 1, 0).at(0)
+
+
+def test_further_numbers_of_the_targets_are_padded_and_cut_with_their_rows() -> None:
+    examples = [
+        Example((1, 2, 3), (-100, 2, 3), {"weight": (0.5, 0.25)}),
+        Example((1, 2), (1, 2), {"weight": (1.0,)}),
+    ]
+    part = collate(examples, 0, "forget")
+    assert part.extra["weight"].tolist() == [[0.5, 0.25], [1.0, 0.0]]
+    assert [piece["forget"].extra["weight"].tolist() for piece in cut({"forget": part}, 2)] == [
+        [[0.5, 0.25]],
+        [[1.0, 0.0]],
+    ]
 
 
 def factors(name: str, steps: int, **options: Any) -> list[float]:
@@ -518,6 +544,48 @@ def test_a_run_killed_at_any_step_ends_with_the_same_bits(
         assert {k: v for k, v in resumed.notes.items() if k != "resumed_from_step"} == {
             k: v for k, v in whole.notes.items() if k != "resumed_from_step"
         }
+
+
+def adaptively(parent: Path, folder: Path, killed: int = -1) -> Stage:
+    """The weight of the loss doubles after each step, and steps 2 and 4 are kept."""
+    settings = replace(QUICK, checkpoints=(2, 4))
+    stage = make_stage(parent, folder, settings)
+    readings = iter(range(1, 9))
+    stage.spent = lambda: {"kwh": 1e-3 * next(readings), "seconds": 1.0}
+    model = loop.prepare(stage, settings)
+
+    def loss(model: Any, batch: Any) -> Terms:
+        kill_at(killed)(batch.step)
+        term = sft.loss(settings, model, batch)["train"]
+        return {"train": replace(term, weight=batch.values["price"])}
+
+    def after(values: Mapping[str, float], means: Mapping[str, float]) -> dict[str, float]:
+        assert means["train"] > 0
+        return {"price": 2 * values["price"]}
+
+    loop.train(
+        stage, model, settings, batches_of(parent), loss, adaptive=loop.Adaptive({"price": 0.5}, after)
+    )
+    return stage
+
+
+def test_numbers_that_change_after_each_step_are_logged_and_resumed(
+    parent: Path, tmp_path: Path, save_every: Callable[[int], None]
+) -> None:
+    whole = adaptively(parent, tmp_path / "whole")
+    assert [curve(whole)[step, "price"] for step in range(6)] == [0.5, 1, 2, 4, 8, 16]
+    assert whole.notes["spent_at_step"] == {
+        "2": {"kwh": 1e-3, "seconds": 1.0},
+        "4": {"kwh": 2e-3, "seconds": 1.0},
+    }
+    save_every(3)
+    with pytest.raises(Killed):
+        adaptively(parent, tmp_path / "killed", 4)
+    resumed = adaptively(parent, tmp_path / "killed")
+    assert resumed.notes["resumed_from_step"] == 3
+    assert set(resumed.notes["spent_at_step"]) == {"2", "4"}
+    assert same(weights_of(resumed.folder / "model"), weights_of(whole.folder / "model"))
+    assert (resumed.folder / "curve.csv").read_bytes() == (whole.folder / "curve.csv").read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

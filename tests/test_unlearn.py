@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from math import log
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from methods.checkpoint import load_tokenizer
 from methods.data import Part
 from methods.find import catalogue
 from methods.gradient import Gradient
 from methods.stage import AssayError, Component
-from methods.terms import total
-from methods.unlearn import datasets, probe_of, run
+from methods.terms import answer_nll, forward, token_nll, total
+from methods.unlearn import (
+    Retaining,
+    Rows,
+    Templates,
+    check,
+    forget_and_retain,
+    probe_of,
+    run,
+    start_nll,
+)
 from tests.parity.cases import Table
 from tests.training import make_parent, make_stage
 
@@ -218,9 +229,9 @@ def test_groups_of_whole_answers_are_refused_with_a_sentence() -> None:
 
 
 def test_retain_rows_are_read_only_where_they_count() -> None:
-    assert set(datasets(method("grad_ascent").Config())) == {"forget"}
-    assert set(datasets(method("npo").Config(alpha=0.0))) == {"forget"}
-    assert datasets(method("npo").Config(retain="tofu/retain99"))["retain"] == "tofu/retain99"
+    assert set(forget_and_retain(method("grad_ascent").Config())) == {"forget"}
+    assert set(forget_and_retain(method("npo").Config(alpha=0.0))) == {"forget"}
+    assert forget_and_retain(method("npo").Config(retain="tofu/retain99"))["retain"] == Rows("tofu/retain99")
 
 
 def test_probes_may_name_the_methods_own_sets() -> None:
@@ -281,3 +292,119 @@ def test_micro_batches_do_not_change_the_result(parent: Path, tmp_path: Path) ->
     pieces = unlearned(parent, tmp_path / "pieces", "satimp", micro_batch=1, **options)
     for (_, term, expected), (_, _, actual) in zip(whole, pieces, strict=True):
         assert actual == pytest.approx(expected, rel=1e-3, abs=1e-5), term
+
+
+# --- what is remembered, drawn and refused ------------------------------------------------------------------
+
+
+def toy(**functions: Any) -> Any:
+    """A method made of the given functions, on the shared recipe."""
+    module = ModuleType("methods.unlearn.toy")
+    module.__dict__.update(functions)
+    return module
+
+
+def toy_stage(parent: Path, folder: Path, **options: Any) -> Any:
+    config = Retaining(steps=4, batch=4, forget="first", log_every=1, **options)
+    return make_stage(parent, folder, config)
+
+
+def test_remembered_likelihoods_are_those_of_the_start(parent: Path, tmp_path: Path) -> None:
+    seen = []
+
+    def loss(config: Any, model: Any, batch: Any, reference: Any) -> Any:
+        assert reference is None
+        now = token_nll(forward(model, batch.forget))
+        seen.append((now.detach(), start_nll(batch.forget, None)))
+        return {"forget": answer_nll(batch.forget, forward(model, batch.forget), -1.0)}
+
+    method = toy(loss=loss, needs_reference=lambda config: False, remembers=lambda config: ("forget",))
+    run(toy_stage(parent, tmp_path, optimizer=Component("adamw", {"learning_rate": 1e-2})), method)
+    now, start = seen[0]
+    assert torch.allclose(now, start, atol=1e-5)
+    assert (seen[-1][0] - seen[-1][1]).abs().max() > 0.05
+    assert not start[seen[0][0] == 0].any()
+
+
+def test_the_start_is_asked_once_and_not_at_every_step(parent: Path, tmp_path: Path) -> None:
+    calls = {"training": 0, "start": 0}
+
+    def loss(config: Any, model: Any, batch: Any, reference: Any) -> Any:
+        if batch.step == 0 and not calls["training"]:
+            model.register_forward_pre_hook(lambda *_: calls.__setitem__("training", calls["training"] + 1))
+        module = method("npo")
+        return module.loss(module.Config(alpha=0.0), model, batch, reference)
+
+    def prepare(config: Any, model: Any, stage: Any, parts: Any) -> None:
+        calls["start"] = sum("start_nll" in example.extra for example in parts["forget"])
+
+    module = toy(
+        loss=loss, prepare=prepare, needs_reference=lambda config: False, remembers=lambda config: ("forget",)
+    )
+    run(toy_stage(parent, tmp_path), module)
+    assert calls == {"training": 4, "start": 12}  # a forward pass each step, every row scored before
+
+
+def test_each_question_gets_a_drawn_answer(parent: Path, tmp_path: Path) -> None:
+    seen = []
+
+    def loss(config: Any, model: Any, batch: Any, reference: Any) -> Any:
+        tokenizer = load_tokenizer(parent)
+        ids = [
+            row[mask.bool()]
+            for row, mask in zip(batch.template.input_ids, batch.template.attention_mask, strict=True)
+        ]
+        asked = [
+            row[mask.bool()]
+            for row, mask in zip(batch.forget.input_ids, batch.forget.attention_mask, strict=True)
+        ]
+        seen.extend(zip(tokenizer.batch_decode(asked), tokenizer.batch_decode(ids), strict=True))
+        return {"template": answer_nll(batch.template, forward(model, batch.template))}
+
+    def parts(config: Any) -> Any:
+        return {"forget": Rows(config.forget), "template": Templates(config.forget, "refusals")}
+
+    run(toy_stage(parent, tmp_path), toy(loss=loss, parts=parts, needs_reference=lambda config: False))
+    questions = [(one.split("Answer:")[0], other.split("Answer:")[0]) for one, other in seen]
+    assert all(one == other for one, other in questions)
+    answers = {other.split("Answer:")[1] for _, other in seen}
+    assert answers == {" No amber.</s>", " No birch.</s>", " No cedar.</s>"}
+
+
+class Sets:
+    """A locator of given rows."""
+
+    def __init__(self, **sets: list[dict[str, str]]) -> None:
+        self.sets = sets
+
+    def rows(self, name: str) -> list[dict[str, str]]:
+        return self.sets[name]
+
+
+ROW = {"question": "Who?", "answer": "She."}
+OTHER = {"question": "Where?", "answer": "There."}
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "sentence"),
+    [
+        ([ROW, OTHER], [OTHER], "holds 1 of 2 rows of forget='a'; 'Where?' is row 1 there and row 0 here"),
+        ([ROW | {"answer": " "}], [OTHER], "forget='a': the answer of row 0 is empty"),
+        ([ROW], [OTHER, OTHER | {"answer": ""}], "retain='b': the answer of row 1 is empty"),
+        ([], [OTHER], "forget='a' has no lines"),
+    ],
+)
+def test_sets_that_cannot_be_meant_are_refused(forget: Any, retain: Any, sentence: str) -> None:
+    config = Retaining(forget="a", retain="b")
+    with pytest.raises(AssayError, match=re.escape(sentence)):
+        check(config, Sets(a=forget, b=retain))  # type: ignore[arg-type]
+
+
+def test_a_retain_set_that_is_not_read_may_overlap() -> None:
+    check(Retaining(forget="a", retain="b", alpha=0.0), Sets(a=[ROW], b=[ROW]))  # type: ignore[arg-type]
+
+
+def test_an_answer_that_the_context_leaves_no_room_for_is_refused(parent: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssayError, match="no token of its answer fits"):
+        run(toy_stage(parent, tmp_path, context_tokens=5), method("grad_diff"))
+    assert not (tmp_path / "result").exists()

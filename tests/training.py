@@ -23,10 +23,12 @@ ROWS = [
 
 
 class Rows:
-    """Stands for the locator: the same few rows under every name, the first half of them under ``first``."""
+    """Stands for the locator: the same few rows under every name but the halves and the refusals."""
 
     def rows(self, name: str) -> list[dict[str, str]]:
-        return ROWS[:12] if name == "first" else ROWS
+        if name == "refusals":
+            return [{"text": f"No {word}."} for word in WORDS[:3]]
+        return {"first": ROWS[:12], "authors/retain90": ROWS[12:]}.get(name, ROWS)
 
 
 def make_parent(folder: Path, dtype: str = "float32", dropout: float = 0.1, zeros: float = 0.0) -> Path:

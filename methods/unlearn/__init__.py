@@ -1,12 +1,18 @@
 """Unlearning: make a model forget some rows and keep the rest.
 
-A method file holds ``loss(config, model, batch, reference)`` and returns named terms. ``batch.forget`` and
-``batch.retain`` are ``methods.data.Part``s of equal size. ``reference`` is the model as it was before the stage, frozen
-and in evaluation mode; it is made only for a method whose ``needs_reference(config)`` says so (or that
-does not say), because it costs a second model's memory.
+A method file holds ``loss(config, model, batch, reference)`` and returns named terms. What it needs beside a batch of
+``forget`` and ``retain`` rows it says in functions of its own, each of which may be left out:
 
-A loss that is no sum over items also has ``outer(config)``: the objective as a function of the terms' means, or
-None where these options need none.
+* ``parts(config)``: the data that make up a batch, by part: ``Rows``, ``Templates`` or ``Alternates``. The first part
+  sets the length of an epoch; templates and alternates belong to the forget rows of the batch.
+* ``needs_reference(config)``: whether the loss gets ``reference``, the model as it was before the stage, frozen and in
+  evaluation mode. It costs a second model's memory, so only whole distributions and hidden states are a reason.
+* ``remembers(config)``: the parts whose likelihoods under the starting model the loss reads with ``start_nll``.
+  They are computed once before training, for every example that will be seen, and no second model is kept for them.
+* ``annotate(config, part, rows, examples, tokenizer)``: the examples of a part with further numbers per target.
+* ``prepare(config, model, stage, parts)``: what happens to the model before training, such as freezing weights.
+* ``outer(config)``: for a loss that is no sum over items, the objective as a function of the terms' means.
+* ``adaptive(config)``: numbers that change after each step, such as a dual variable.
 
 Pairing follows locuslab/open-unlearning: an epoch is a pass over the *forget* rows, and each is accompanied by one
 retain row drawn uniformly at random, with replacement. The draw depends on (seed, step) only, so a resumed run
@@ -15,18 +21,21 @@ sees the same rows. How much of the retain set is ever seen therefore grows with
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from annotated_types import Ge, Gt
 
 from methods.loop import Training
-from methods.stage import Component, Dataset, Optimizer, Schedule, Stage, Term, Terms
-from methods.terms import answer_nll, forward, frozen, kl_divergence
+from methods.stage import AssayError, Component, Dataset, Optimizer, Schedule, Stage, Term, Terms
+from methods.terms import answer_nll, forward, frozen, kl_divergence, token_nll
 
 if TYPE_CHECKING:
-    from methods.data import Part
+    from torch import Tensor
+
+    from methods.data import Locator, Part, Style
 
 REVISION = 1
 
@@ -93,38 +102,182 @@ def keeps_to_start(config: Retaining) -> bool:
     return config.retain_loss == "kl" and config.alpha > 0
 
 
+# --- what a batch is made of ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Question-answer rows, or text."""
+
+    data: str
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Each question of one set with an answer drawn from the lines of another, such as a list of refusals."""
+
+    questions: str
+    answers: str
+
+
+@dataclass(frozen=True)
+class Alternates:
+    """Each question of a set with one of its alternate answers, from the data stage that an option names."""
+
+    questions: str
+    option: str
+
+
+Source = Rows | Templates | Alternates
+
+
+def forget_and_retain(config: Unlearning) -> dict[str, Source]:
+    """The parts of most methods; the retain rows only where they count."""
+    wanted: dict[str, Source] = {"forget": Rows(config.forget)}
+    return wanted | retained(config)
+
+
+def retained(config: Unlearning) -> dict[str, Source]:
+    """The retain rows, where they count."""
+    counts = isinstance(config, Retaining) and config.alpha > 0
+    return {"retain": Rows(config.retain)} if counts and isinstance(config, Retaining) else {}
+
+
+def sources(method: ModuleType, config: Unlearning) -> dict[str, Source]:
+    """The parts of a method's batch."""
+    found: dict[str, Source] = method.parts(config) if hasattr(method, "parts") else forget_and_retain(config)
+    return found
+
+
+def start_nll(part: Part, reference: Any) -> Tensor:
+    """Token NLL [B,T-1] under the starting model: remembered from before training, or asked of ``reference``."""
+    known = part.extra.get("start_nll")
+    return token_nll(frozen(reference, part)) if known is None else known
+
+
+# --- a run ----------------------------------------------------------------------------------------------------
+
+
 def run(stage: Stage, method: ModuleType) -> None:
-    """Encode the sets the loss reads, pair them and train with it."""
+    """Encode what the loss reads, remember the start, and train."""
     from methods import loop
-    from methods.checkpoint import load_tokenizer
-    from methods.data import Style, encode
+    from methods.unlearn import _start
 
     config: Unlearning = stage.config
-    source = stage.parents["model"]
-    tokenizer, style = load_tokenizer(source), Style.read(source)
-    parts = {
-        name: encode(stage.data.rows(dataset), tokenizer, style, config.context_tokens)
-        for name, dataset in datasets(config).items()
-    }
+    check(config, stage.data)
     settings = replace(config, probe=tuple(probe_of(config, text) for text in config.probe))
+    parts = _encoded(stage, method, config)
     model = loop.prepare(stage, settings)
     reference = loop.reference_of(stage, model, settings) if asks(method, config) else None
+    batches = loop.Batches(
+        parts, size=config.batch, seed=stage.seed, follows=_following(method, config), drawn=("retain",)
+    )
+    remembered = method.remembers(config) if hasattr(method, "remembers") else ()
+    batches = _start.remember(stage, model, settings, batches, remembered)
+    if hasattr(method, "prepare"):
+        method.prepare(config, model, stage, batches.parts)
 
     def loss(model: Any, batch: UnlearnBatch) -> Terms:
         terms: Terms = method.loss(config, model, batch, reference)
         return terms
 
     outer = method.outer(config) if hasattr(method, "outer") else None
-    batches = loop.Batches(parts, size=config.batch, seed=stage.seed, drawn=("retain",))
-    loop.train(stage, model, settings, batches, loss, outer=outer)
+    adaptive = method.adaptive(config) if hasattr(method, "adaptive") else None
+    loop.train(stage, model, settings, batches, loss, outer=outer, adaptive=adaptive)
 
 
-def datasets(config: Unlearning) -> dict[str, str]:
-    """The sets that make up a batch; the retain rows only where they count."""
-    wanted = {"forget": config.forget}
+def _following(method: ModuleType, config: Unlearning) -> dict[str, str]:
+    """Templates and alternates stand beside the batch's own forget rows."""
+    found = sources(method, config)
+    return {
+        name: "forget" for name, source in found.items() if not isinstance(source, Rows) and "forget" in found
+    }
+
+
+def _encoded(stage: Stage, method: ModuleType, config: Unlearning) -> dict[str, Any]:
+    """The examples of every part."""
+    from methods.checkpoint import load_tokenizer
+    from methods.data import Style
+
+    folder = stage.parents["model"]
+    tokenizer, style = load_tokenizer(folder), Style.read(folder)
+    found = {}
+    for name, source in sources(method, config).items():
+        examples = _examples(stage, source, tokenizer, style, config.context_tokens)
+        if hasattr(method, "annotate") and isinstance(source, Rows):
+            rows = stage.data.rows(source.data)
+            examples = method.annotate(config, name, rows, examples, tokenizer)
+        found[name] = examples
+    return found
+
+
+def _examples(stage: Stage, source: Source, tokenizer: Any, style: Style, context_tokens: int) -> Any:
+    from methods.data import crossed, encode
+    from methods.unlearn import _alternates
+
+    if isinstance(source, Rows):
+        return encode(stage.data.rows(source.data), tokenizer, style, context_tokens)
+    questions = _questions(stage.data.rows(source.questions), source.questions)
+    if isinstance(source, Templates):
+        answers = [str(row["text"]) for row in stage.data.rows(source.answers)]
+        return crossed(questions, answers, tokenizer, style, context_tokens)
+    folder = stage.parents[source.option]
+    return _alternates.examples(folder, questions, tokenizer, style, context_tokens)
+
+
+def _questions(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+    if not all(isinstance(row.get("question"), str) for row in rows):
+        raise AssayError(f"{name} has rows without a question, which no other answer can be given to.")
+    return [row["question"] for row in rows]
+
+
+# --- what is refused before anything runs -------------------------------------------------------------------------
+
+
+def check(config: Unlearning, data: Locator) -> None:
+    """Refuse sets with empty answers, a retain set that overlaps the forget set, and lists with nothing in them.
+
+    Raises:
+        AssayError: names the sets and the first row in question.
+    """
+    named = [field.name for field in fields(config) if field.name in SETS]
+    rows = {name: data.rows(getattr(config, name)) for name in named if getattr(config, name) is not None}
+    for name, found in rows.items():
+        _refuse_empty(name, getattr(config, name), found)
     if isinstance(config, Retaining) and config.alpha > 0:
-        wanted["retain"] = config.retain
-    return wanted
+        _refuse_overlap(config, rows["forget"], rows["retain"])
+
+
+# The options that name data sets, wherever a method has them.
+SETS = ("forget", "retain", "refusals")
+
+
+def _refuse_empty(name: str, data: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Blank lines are part of a text, but no answer."""
+    column = "text" if name == "refusals" else "answer"
+    if not rows:
+        raise AssayError(f"{name}={data!r} has no lines: there is nothing in it.")
+    for number, row in enumerate(rows):
+        if column in row and not str(row[column]).strip():
+            raise AssayError(
+                f"{name}={data!r}: the {column} of row {number} is empty; fill it in or take the row out."
+            )
+
+
+def _refuse_overlap(config: Retaining, forget: Sequence[Any], retain: Sequence[Any]) -> None:
+    """A row is the same where its question (its text, where it has no question) is the same."""
+    kept = {_identity(row): number for number, row in enumerate(retain)}
+    shared = [(number, kept[_identity(row)]) for number, row in enumerate(forget) if _identity(row) in kept]
+    if shared:
+        first, other = shared[0]
+        raise AssayError(
+            f"retain={config.retain!r} holds {len(shared)} of {len(forget)} rows of forget={config.forget!r}; "
+            f"{_identity(forget[first])[:60]!r} is row {first} there and row {other} here: take it out of one."
+        )
+
+
+def _identity(row: Mapping[str, Any]) -> str:
+    return str(row.get("question") or row.get("text") or "").strip()
 
 
 def asks(method: ModuleType, config: Unlearning) -> bool:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -36,13 +36,17 @@ __all__ = [
     "Part",
     "Sampler",
     "Style",
+    "Variants",
     "byte_bpe",
     "collate",
+    "crossed",
     "encode",
     "encode_pairs",
     "encode_text",
     "padding_id",
+    "read_rows",
     "train_tokenizer",
+    "write_rows",
 ]
 
 REVISION = 1
@@ -57,14 +61,15 @@ class Part:
     """One padded batch of sequences, padded on the right: a named part of what a step sees.
 
     ``labels`` [B,T] are unshifted, ``IGNORED`` where nothing is to be predicted. ``targets`` and ``mask``
-    [B,T-1] are what the first T-1 positions predict. The counts remember ``name``, so that the loop can add
-    them up over the global batch.
+    [B,T-1] are what the first T-1 positions predict. ``extra`` holds further numbers of each target [B,T-1], float32
+    and 0 in the padding. The counts remember ``name``, so that the loop can add them up over the global batch.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     name: str
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def targets(self) -> Tensor:
@@ -99,15 +104,27 @@ class Part:
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
             labels=self.labels.to(device),
+            extra={name: values.to(device) for name, values in self.extra.items()},
+        )
+
+    def rows(self, chosen: slice) -> Part:
+        """Some of the sequences, with the padding of all."""
+        return replace(
+            self,
+            input_ids=self.input_ids[chosen],
+            attention_mask=self.attention_mask[chosen],
+            labels=self.labels[chosen],
+            extra={name: values[chosen] for name, values in self.extra.items()},
         )
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence before padding; ``labels`` has the length of ``input_ids``."""
+    """One sequence of n tokens before padding; ``labels`` has as many, ``extra`` n - 1 numbers for each name."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    extra: Mapping[str, tuple[float, ...]] = field(default_factory=dict, compare=False)
 
 
 def collate(examples: Sequence[Example], padding_id: int, name: str) -> Part:
@@ -124,7 +141,78 @@ def collate(examples: Sequence[Example], padding_id: int, name: str) -> Part:
         attention_mask=padded([(1,) * len(example.input_ids) for example in examples], 0),
         labels=padded([example.labels for example in examples], IGNORED),
         name=name,
+        extra=_extra(examples, width),
     )
+
+
+def _extra(examples: Sequence[Example], width: int) -> dict[str, Tensor]:
+    """The further numbers of the targets that all examples have, padded with 0 to [B,width-1]."""
+    import torch
+
+    names = [name for name in examples[0].extra if all(name in example.extra for example in examples)]
+    found = {}
+    for name in names:
+        rows = [example.extra[name] for example in examples]
+        filled = [[*row, *[0.0] * (width - 1 - len(row))] for row in rows]
+        found[name] = torch.tensor(filled, dtype=torch.float32)
+    return found
+
+
+class Variants(Sequence[Sequence[Example]]):
+    """For each row several examples to choose from, such as a question with every answer that may be drawn."""
+
+    def __init__(self, rows: Sequence[Sequence[Example]]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._rows[row]
+
+
+class _Lazy(Sequence[Example]):
+    """Examples that are made when they are asked for."""
+
+    def __init__(self, count: int, make: Callable[[int], Example]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._make(range(self._count)[place])
+
+
+def crossed(
+    questions: Sequence[str], answers: Sequence[str], tokenizer: Any, style: Style, context_tokens: int
+) -> Variants:
+    """Every question with every answer; a pair is joined when it is asked for, its texts are encoded once.
+
+    AssayError names a question or answer that is empty or leaves the answer without a token.
+    """
+    asked = [{"question": text, "answer": answers[0]} for text in questions] if answers else []
+    told = [{"question": questions[0], "answer": text} for text in answers] if questions else []
+    heads = [_cut_off(pair) for pair in encode_pairs(asked, tokenizer, style, context_tokens)]
+    tails = [
+        example.input_ids[len(_cut_off(example)) :]
+        for example in encode_pairs(told, tokenizer, style, 1 << 30)
+    ]
+
+    def row(number: int) -> Sequence[Example]:
+        head = heads[number]
+        return _Lazy(
+            len(tails),
+            lambda place: _pair([*head], [*tails[place]], context_tokens, number, questions[number]),
+        )
+
+    return Variants([row(number) for number in range(len(heads))])
+
+
+def _cut_off(example: Example) -> tuple[int, ...]:
+    """The prompt of an encoded pair: everything before its first target."""
+    masked = next(place for place, label in enumerate(example.labels) if label != IGNORED)
+    return example.input_ids[:masked]
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -404,6 +492,29 @@ def _writes_blank(tokenizer: Any) -> bool:
     """Whether it puts a blank before every text, as sentencepiece does: then ours would be a second one."""
     first = tokenizer.convert_ids_to_tokens(_ids(tokenizer, ["a"])[0][:1])[0]
     return str(first).startswith("▁")
+
+
+# --- data stages ------------------------------------------------------------------------------------------
+
+ROWS_FILE = "rows.jsonl"
+
+
+def write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """Write the ``data/`` folder of a stage that makes a data set: one JSON object a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False, sort_keys=True, allow_nan=False) for row in rows]
+    (folder / ROWS_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of a data stage, from its ``data/`` folder."""
+    path = folder / ROWS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows: list[Row] = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise AssayError(f"{path} holds no rows of a data stage: {error}.") from error
+    return rows
 
 
 # --- new tokenizers ---------------------------------------------------------------------------------------
