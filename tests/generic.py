@@ -99,6 +99,7 @@ SECOND: dict[str, Change] = {
     "scale_by_temperature": Change(False, {"temperature": 2.0}),
     "pattern": Change("2:4", {"sparsity": None, "pattern": "1:4"}),
     "warmup_steps": Change(2),
+    "warmup_share": Change(0.4),
     "targets": Change(("q_proj",)),
     "model.new:tokenizer": Change("authors/facts"),
     "model.smoke:stands_for": Change("somebody/model"),

@@ -247,6 +247,7 @@ def test_schedules_warm_up_and_come_down() -> None:
     assert factors("constant", 4) == [1, 1, 1, 1]
     assert factors("constant", 4, warmup_steps=2) == [0.5, 1, 1, 1]
     assert factors("linear", 6, warmup_steps=2) == [0.5, 1, 1, 0.75, 0.5, 0.25]
+    assert factors("linear", 6, warmup_share=0.3) == factors("linear", 6, warmup_steps=2)
     assert factors("linear", 4, final=0.2) == [1, 0.8, 0.6, 0.4]
     assert factors("cosine", 6, warmup_steps=2) == [0.5, 1, 1, 0.853553, 0.5, 0.146447]
     assert factors("cosine", 2, warmup_steps=4, final=0.1) == [0.25, 0.5]

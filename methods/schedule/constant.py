@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
-from annotated_types import Ge
+from methods.schedule import Warmup, warmup_of
+
+USES = ("methods.schedule",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Warmup):
     """Options of the constant schedule."""
-
-    # steps from 1/warmup_steps of the rate to the whole of it
-    warmup_steps: Annotated[int, Ge(0)] = 0
 
 
 def factor(config: Config, step: int, steps: int) -> float:
     """Factor of the learning rate at a 0-based step of ``steps``."""
-    return min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    warmup = warmup_of(config, steps)
+    return min(1.0, (step + 1) / warmup) if warmup else 1.0

@@ -11,20 +11,23 @@ from typing import Annotated
 
 from annotated_types import Ge, Le
 
+from methods.schedule import Warmup, warmup_of
+
+USES = ("methods.schedule",)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Warmup):
     """Options of the linear schedule."""
 
-    # steps from 1/warmup_steps of the rate to the whole of it
-    warmup_steps: Annotated[int, Ge(0)] = 0
     # share of the rate that the line ends at
     final: Annotated[float, Ge(0), Le(1)] = 0.0
 
 
 def factor(config: Config, step: int, steps: int) -> float:
     """Factor of the learning rate at a 0-based step of ``steps``."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / (steps - config.warmup_steps)
+    warmup = warmup_of(config, steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / (steps - warmup)
     return 1 - (1 - config.final) * done

@@ -59,8 +59,8 @@ class Unlearning(Training):
     epochs: Annotated[float, Gt(0)] | None = 10.0
     # decoupled weight decay 0.01 as in that experiment; its base trainer has 0
     optimizer: Optimizer = Component("adamw", {"learning_rate": 1e-5, "weight_decay": 0.01})
-    # linear to 0; that experiment warms up over its first epoch, which is a number of steps to be written out here
-    schedule: Schedule = Component("linear")
+    # linear to 0 after a warm-up of one epoch, as in that experiment: a tenth of ten epochs
+    schedule: Schedule = Component("linear", {"warmup_share": 0.1})
 
 
 @dataclass(frozen=True, kw_only=True)
