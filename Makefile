@@ -10,8 +10,9 @@ EXPERIMENT ?= tiny
 RESULTS ?= results
 BIN := .venv/bin
 LOCK := envs/requirements.lock
+CHECKS := envs/checks.lock
 # named after what it installs: another lock or another list of dependencies sets up again, anything else is a no-op
-STAMP := .venv/.setup-$(shell cat $(LOCK) pyproject.toml | cksum | tr ' ' '-')
+STAMP := .venv/.setup-$(shell cat $(LOCK) $(CHECKS) pyproject.toml | cksum | tr ' ' '-')
 TORCH := $(shell grep '^torch==' $(LOCK))
 
 .DEFAULT_GOAL := help
@@ -48,6 +49,7 @@ ifdef TORCH_INDEX
 else
 	$(BIN)/python -m pip install --disable-pip-version-check -r $(LOCK)
 endif
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r $(CHECKS)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -1,16 +1,22 @@
-"""How likely a model finds given answers, and what it writes by itself: batched, padded, deterministic."""
+"""How likely a model finds given answers, and what it writes by itself: batched, padded, deterministic.
+
+``REVISION`` covers ``methods.generate``, too.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from methods.generate import batches, continued, ends_of, left_padded, prompt_of
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
     from methods.data import Example, Part, Style
+    from methods.terms import Outputs
 
 REVISION = 1
 
@@ -20,11 +26,14 @@ class Answer:
     """One answer under teacher forcing: each of its n tokens' loss in nats, and whether the argmax was right.
 
     ``length`` counts the labels before the shift; it differs from n only if the very first label counts.
+    ``standardized`` [n], where it was asked for, is each token's log-probability less the mean log-probability of
+    the vocabulary under the model's own distribution, in standard deviations of the same.
     """
 
     losses: ndarray
     correct: ndarray
     length: int
+    standardized: ndarray | None = None
 
     @property
     def loss(self) -> float:
@@ -41,7 +50,7 @@ class Answer:
         return -float(self.losses[: len(self.losses) - end].sum())
 
 
-def answers(model: Callable[..., Any], part: Part) -> list[Answer]:
+def answers(model: Callable[..., Any], part: Part, standardized: bool = False) -> list[Answer]:
     """The answers of one padded batch [B,T], in its order."""
     from methods import terms
 
@@ -49,95 +58,74 @@ def answers(model: Callable[..., Any], part: Part) -> list[Answer]:
     losses = terms.token_nll(outputs).double().cpu().numpy()
     correct = (outputs.logits.argmax(-1) == outputs.targets).cpu().numpy()
     mask, lengths = outputs.mask.cpu().numpy(), part.answer_lengths.tolist()
-    return [Answer(losses[b][mask[b]], correct[b][mask[b]], int(lengths[b])) for b in range(len(losses))]
+    each = _standardized(outputs) if standardized else [None] * len(losses)
+    return [
+        Answer(losses[b][mask[b]], correct[b][mask[b]], int(lengths[b]), each[b]) for b in range(len(losses))
+    ]
 
 
-def score(model: Any, examples: Sequence[Example], padding_id: int, batch: int) -> list[Answer]:
+def _standardized(outputs: Outputs) -> list[ndarray]:
+    """(log p(y) - mean) / sqrt(max(variance, 1e-6)) of every target, row by row; moments over the vocabulary."""
+    found = []
+    for logits, targets, mask in zip(outputs.logits, outputs.targets, outputs.mask, strict=True):
+        log_p = logits[mask].log_softmax(-1)
+        p, chosen = log_p.exp(), log_p.gather(-1, targets[mask][:, None])
+        # An entry of a padded vocabulary may be -inf: its probability is 0, and so is what it adds.
+        log_p = log_p.masked_fill(p == 0, 0.0)
+        mean = (p * log_p).sum(-1, keepdim=True)
+        deviation = (p * (log_p - mean) ** 2).sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
+        found.append(((chosen - mean) / deviation).squeeze(-1).double().cpu().numpy())
+    return found
+
+
+def score(
+    model: Any, examples: Sequence[Example], padding_id: int, batch: int, standardized: bool = False
+) -> list[Answer]:
     """The answers of all ``examples``, in their order; batches are made of sequences of similar length."""
     from methods.data import collate
 
     found: dict[int, Answer] = {}
     for chosen in batches([len(example.input_ids) for example in examples], batch):
         part = collate([examples[i] for i in chosen], padding_id, "answers").to(model.device)
-        found.update(zip(chosen, answers(model, part), strict=True))
+        found.update(zip(chosen, answers(model, part, standardized), strict=True))
     return [found[i] for i in range(len(examples))]
-
-
-def batches(lengths: Sequence[int], batch: int) -> Iterable[list[int]]:
-    """Indices in batches of at most ``batch``, longest first, ties in the order given."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return (order[start : start + batch] for start in range(0, len(order), batch))
 
 
 def generate(
     model: Any, tokenizer: Any, style: Style, questions: Sequence[str], new_tokens: int, batch: int
 ) -> list[str]:
     """Greedy answers to ``questions``, cut at the end mark, without special tokens and outer blanks."""
-    import torch
+    ends = ends_of(model, tokenizer, style)
+    asked = prompts(tokenizer, style, questions)
+    return [text.strip() for text in complete(model, tokenizer, asked, ends, new_tokens, batch)]
 
-    from methods.data import encode_pairs, padding_id
 
-    # The prompt is what comes before the first label of a pair, so it is tokenised exactly as in training.
+def prompts(tokenizer: Any, style: Style, questions: Sequence[str]) -> list[tuple[int, ...]]:
+    """The ids that stand before the answer to each question."""
+    from methods.data import encode_pairs
+
     rows = [{"question": question, "answer": "a"} for question in questions]
-    pairs = encode_pairs(rows, tokenizer, style, 1 << 30)
-    prompts = [pair.input_ids[: len(pair.labels) - _tail(pair)] for pair in pairs]
-    ends, texts = ends_of(model, tokenizer, style), {}
+    return [prompt_of(pair) for pair in encode_pairs(rows, tokenizer, style, 1 << 30)]
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    ends: set[int],
+    new_tokens: int,
+    batch: int,
+) -> list[str]:
+    """What the model writes greedily after each prompt, as it is but for special tokens, cut at the end mark."""
+    import torch
+
+    from methods.data import padding_id
+
+    texts = {}
     for chosen in batches([len(prompt) for prompt in prompts], batch):
-        inputs, mask = _left_padded([prompts[i] for i in chosen], padding_id(tokenizer))
+        inputs, mask = left_padded([prompts[i] for i in chosen], padding_id(tokenizer))
         with torch.inference_mode():
-            tokens = greedy(model, inputs.to(model.device), mask.to(model.device), new_tokens, ends)
+            tokens = continued(model, inputs.to(model.device), mask.to(model.device), new_tokens, ends)
         for i, row in zip(chosen, tokens, strict=True):
-            texts[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
-    return [texts[i] for i in range(len(questions))]
-
-
-def _tail(pair: Example) -> int:
-    """Tokens of the answer and its end."""
-    return sum(label != -100 for label in pair.labels)
-
-
-def ends_of(model: Any, tokenizer: Any, style: Style) -> set[int]:
-    """Ids that end an answer: what the style ends one with, and what the model's generation settings name."""
-    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    several = configured if isinstance(configured, (list, tuple)) else [configured]
-    return {int(end) for end in (*several, style.answer_end(tokenizer)[-1]) if end is not None}
-
-
-def greedy(model: Any, inputs: Any, mask: Any, new_tokens: int, ends: set[int]) -> list[list[int]]:
-    """Argmax continuation of left-padded ``inputs`` [B,T] with a key-value cache; the end mark is not returned."""
-    import torch
-
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    end_ids = torch.tensor(sorted(ends), device=inputs.device)
-    done = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
-    steps, cache = [], None
-    for _ in range(new_tokens):
-        output = model(
-            input_ids=inputs,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache = output.past_key_values
-        token = output.logits[:, -1].argmax(-1)
-        steps.append(token)
-        done |= torch.isin(token, end_ids)
-        if bool(done.all()):
-            break
-        inputs, positions = token[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-    return [_until(row, ends) for row in torch.stack(steps, 1).tolist()]
-
-
-def _until(row: list[int], ends: set[int]) -> list[int]:
-    return row[: next((i for i, token in enumerate(row) if token in ends), len(row))]
-
-
-def _left_padded(rows: Sequence[Sequence[int]], padding_id: int) -> tuple[Any, Any]:
-    import torch
-
-    width = max(len(row) for row in rows)
-    inputs = torch.tensor([[padding_id] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return inputs, mask
+            texts[i] = tokenizer.decode(row, skip_special_tokens=True)
+    return [texts[i] for i in range(len(prompts))]

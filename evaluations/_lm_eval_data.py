@@ -45,7 +45,21 @@ def _hellaswag(rows: Rows, _: str) -> Rows:
 
 
 def _subject(rows: Rows, subject: str) -> Rows:
-    return [row for row in rows if row["subject"] == subject] if rows and "subject" in rows[0] else rows
+    chosen = [row for row in rows if row["subject"] == subject] if rows and "subject" in rows[0] else rows
+    return _four_choices(chosen, subject)
+
+
+def _four_choices(rows: Rows, name: str) -> Rows:
+    """As they are; lm-eval would score an answer that is none of the four as one that no model finds."""
+    for number, row in enumerate(rows):
+        choices, answer = row.get("choices"), row.get("answer")
+        four = isinstance(choices, list) and len(choices) == 4 and isinstance(row.get("question"), str)
+        if not (four and type(answer) is int and 0 <= answer < 4):
+            raise AssayError(
+                f"row {number} of {name} must have a text 'question', four 'choices' and an 'answer' from 0 to 3, but "
+                f"is: {str(row)[:200]}"
+            )
+    return rows
 
 
 def _pages(rows: Rows, _: str) -> Rows:
@@ -73,6 +87,9 @@ COPIES: dict[str, Copy] = {
     "EleutherAI/lambada_openai/default": Copy("lambada_openai"),
     "openai/gsm8k/main": Copy("gsm8k"),
     "cais/mmlu": Copy("mmlu", _subject, "rows chosen by their subject column"),
+    "cais/wmdp/wmdp-bio": Copy("wmdp/wmdp-bio", _four_choices),
+    "cais/wmdp/wmdp-chem": Copy("wmdp/wmdp-chem", _four_choices),
+    "cais/wmdp/wmdp-cyber": Copy("wmdp/wmdp-cyber", _four_choices),
     "EleutherAI/wikitext_document_level": Copy("wikitext2", _pages, "lines joined to articles", ".raw"),
 }
 
@@ -96,10 +113,25 @@ def names_read(tasks: Iterable[str], data: Locator) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def lacks_rows(task: str, data: Locator) -> bool:
+    """Whether a task may read the hub: nothing of it lies below the data folder, or not every folder of its group."""
+    parts = [copy.folder for copy in COPIES.values() if copy.folder.startswith(f"{task}/")]
+    return not names_read([task], data) or not all(_below(data, folder) for folder in parts)
+
+
 def _folders(task: str) -> list[str]:
-    """Folders whose name the task's name is, or begins with: mmlu for mmlu_anatomy, wikitext2 for wikitext."""
+    """Folders that a task may read, by its name or that of its group.
+
+    The name is the folder's or begins with it: mmlu for mmlu_anatomy, wikitext2 for wikitext, wmdp/wmdp-bio for
+    wmdp_bio and, with its neighbours, for wmdp.
+    """
     copies = {copy.folder for copy in COPIES.values()} | {"blimp", task}
-    return sorted(name for name in copies if f"{task}_".startswith(f"{name}_") or name == f"{task}2")
+    inner = {name: name.rpartition("/")[2].replace("-", "_") for name in copies}
+    return sorted(
+        name
+        for name in copies
+        if f"{task}_".startswith(f"{inner[name]}_") or name == f"{task}2" or name.startswith(f"{task}/")
+    )
 
 
 def _below(data: Locator, folder: str, ending: re.Pattern[str] = ENDING) -> list[str]:
@@ -174,6 +206,11 @@ class Supply:
             for name in files:
                 rows = self._rows(f"{copy.folder}/{name}")
                 found[split] = copy.convert(rows, task.get("dataset_name") or "") if copy.convert else rows
+                if not found[split]:
+                    raise AssayError(
+                        f"{copy.folder}/{name} in the data folder has no rows for the task {task['task']}: leave the "
+                        "task out, or take the file away."
+                    )
                 names.append(f"{copy.folder}/{name}")
         self._say(task, copy, names, [split for split in _splits(task) if split not in found])
         return found
@@ -214,8 +251,8 @@ def _splits(task: dict[str, Any]) -> list[str]:
 
 
 def _is_split(split: str, stem: str) -> bool:
-    """``validation_0_5999`` holds (a part of) ``validation``."""
-    return stem == split or stem.startswith(f"{split}_")
+    """``validation_0_5999`` holds (a part of) ``validation``, and so does the hub's ``validation-00000-of-00001``."""
+    return stem == split or stem.startswith((f"{split}_", f"{split}-"))
 
 
 # --- synthetic rows --------------------------------------------------------------------------------------------

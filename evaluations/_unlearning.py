@@ -108,17 +108,19 @@ def exact_memorization(correct: ndarray) -> float:
     return float(kept.mean(dtype=np.float32)) if len(kept) else float("nan")
 
 
-def min_k(losses: ndarray, share: float = 0.4) -> float:
-    """Mean loss of the ``share`` least likely tokens (at least one), the last token left out: the Min-K score.
+def min_k(losses: ndarray, share: float = 0.4, least: int = 1) -> float:
+    """Mean loss of the ``share`` least likely tokens (at least ``least``), the last token left out: the Min-K score.
 
-    High means "not a member of the training data". An answer of one token has nothing left: NaN.
+    High means "not a member of the training data". NaN where nothing is left: an answer of one token, or fewer
+    tokens than make one of the share where none at all will do (``least=0``, as in MUSE's own code).
     """
     import numpy as np
 
     kept = losses[:-1]
-    if not len(kept):
+    count = max(least, int(len(kept) * share))
+    if not len(kept) or not count:
         return float("nan")
-    return float(np.sort(kept)[::-1][: max(1, int(len(kept) * share))].mean())
+    return float(np.sort(kept)[::-1][:count].mean())
 
 
 def area_under_curve(members: ndarray, others: ndarray) -> float:

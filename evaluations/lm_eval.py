@@ -3,7 +3,9 @@
 Gao et al., "A framework for few-shot language model evaluation" (lm-eval 0.4). The world's own tasks are task
 files in ``evaluations/tasks/``: authors_forget, authors_retain, authors_real_authors, authors_world_facts,
 authors_holdout, authors_generate, authors_rolling. Packaged tasks read local copies of their data where
-``--config data=DIR`` has them; what was mapped is noted. A model that is spoken to in chat form is scored in it.
+``--config data=DIR`` has them; what was mapped is noted. A model that is spoken to in chat form is scored in it, but
+for WMDP (Li et al., "The WMDP Benchmark", 2024: wmdp, wmdp_bio, wmdp_chem, wmdp_cyber) and MMLU: there unlearning
+papers report which letter follows the bare question, of four and without examples, so that chance is 0.25.
 
 lm-eval's own results are kept as ``lm_eval.json`` beside the record. Standard errors of accuracies are lm-eval's
 formula, those of other metrics a seeded bootstrap of 200 draws where lm-eval offers one.
@@ -15,12 +17,13 @@ import json
 import logging
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -41,6 +44,8 @@ USES = (
     "evaluations._unlearning",
     "evaluations._world_tasks",
 )
+# Asked without a chat template, whatever the model, unless the ``chat`` option says otherwise.
+BARE = re.compile(r"(wmdp|mmlu)(_|$)")
 BOOTSTRAP_DRAWS = 200
 SEED = 1234
 SECONDS_BETWEEN_LINES = 10.0
@@ -58,6 +63,8 @@ class Config:
     limit: Annotated[int, Gt(0)] | None = None
     # Worked examples before each question; None for what each task says.
     fewshot: Annotated[int, Ge(0)] | None = None
+    # Ask in the model's chat form; None: if it is spoken to in it, but for WMDP and MMLU.
+    chat: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -74,10 +81,10 @@ def datasets(config: Config, locator: Locator) -> tuple[str, ...]:
 
 
 def needs_hub(config: Config, locator: Locator) -> bool:
-    """Whether a task may read data of the hub: one with neither our rows nor files below the data folder."""
-    from evaluations._lm_eval_data import names_read
+    """Whether a task may read data of the hub: one without rows of ours, or with files missing in the data folder."""
+    from evaluations._lm_eval_data import lacks_rows
 
-    return not locator.smoke and any(not names_read([task], locator) for task in config.tasks)
+    return not locator.smoke and any(lacks_rows(task, locator) for task in config.tasks)
 
 
 def fetch(config: Config, locator: Locator) -> None:
@@ -93,41 +100,54 @@ def evaluate(scoring: Scoring) -> list[Row]:
     from evaluations._lm_eval_data import Supply
     from methods.data import Style
 
-    style = Style.read(scoring.parents["model"])
+    config, style = scoring.config, Style.read(scoring.parents["model"])
     supply = Supply(scoring.data)
-    with _quiet():
-        results = _run(scoring, style, supply)
+    found: dict[str, Any] = {}
+    rows: list[Row] = []
+    for chat, tasks in _forms(config, style).items():
+        with _quiet():
+            results = _run(scoring, tasks, replace(style, prompt="chat") if chat else None, supply)
+        rows += _rows(results, config, chat, supply.partial)
+        found = _joined(found, results)
     scoring.notes |= {
         "local_data": supply.said,
-        "batch": scoring.config.batch,
-        "task_versions": {name: _plain(version) for name, version in results["versions"].items()},
-        "task_hashes": results["task_hashes"],
+        "batch": config.batch,
+        "task_versions": {name: _plain(version) for name, version in found["versions"].items()},
+        "task_hashes": found["task_hashes"],
     }
-    text = json.dumps(_plain(results), indent=1, ensure_ascii=False)
+    text = json.dumps(_plain(found), indent=1, ensure_ascii=False)
     (scoring.folder / "lm_eval.json").write_text(text + "\n", encoding="utf-8")
-    return _rows(results, scoring.config, style, supply.partial)
+    return rows
 
 
-def _run(scoring: Scoring, style: Style, supply: Supply) -> dict[str, Any]:
+def _forms(config: Config, style: Style) -> dict[bool, tuple[str, ...]]:
+    """The tasks that are asked bare and those that are asked in chat form."""
+    chat = style.prompt == "chat" if config.chat is None else config.chat
+    bare = [task for task in config.tasks if not chat or (config.chat is None and BARE.match(task))]
+    spoken = [task for task in config.tasks if task not in bare]
+    return {form: tuple(tasks) for form, tasks in ((False, bare), (True, spoken)) if tasks}
+
+
+def _run(scoring: Scoring, tasks: tuple[str, ...], chat: Style | None, supply: Supply) -> dict[str, Any]:
     from lm_eval.evaluator import evaluate as run
 
     from evaluations._lm_eval_tasks import guarded, load
 
-    config, chat = scoring.config, style.prompt == "chat"
+    config = scoring.config
     _seed()
-    with guarded(config.tasks, scoring.trust_tasks):
-        loaded = load(config.tasks, supply, scoring.trust_tasks)
+    with guarded(tasks, scoring.trust_tasks):
+        loaded = load(tasks, supply, scoring.trust_tasks)
         for task in loaded["tasks"].values():
             _set_shots(task, config.fewshot)
         results = run(
-            _language_model(scoring, style),
+            _language_model(scoring, chat),
             loaded,
             limit=config.limit,
             bootstrap_iters=BOOTSTRAP_DRAWS,
             log_samples=True,
-            system_instruction=style.system if chat else None,
-            apply_chat_template=chat,
-            fewshot_as_multiturn=chat,
+            system_instruction=chat.system if chat else None,
+            apply_chat_template=chat is not None,
+            fewshot_as_multiturn=chat is not None,
         )
     return _kept(results, config)
 
@@ -152,7 +172,7 @@ def _set_shots(task: Any, shots: int | None) -> None:
     task.set_fewshot_seed(seed=SEED)
 
 
-def _language_model(scoring: Scoring, style: Style) -> Any:
+def _language_model(scoring: Scoring, chat: Style | None) -> Any:
     """lm-eval's view of the loaded model. The tokenizer is a copy: lm-eval gives it a padding token."""
     from lm_eval.models.huggingface import HFLM
 
@@ -191,8 +211,8 @@ def _language_model(scoring: Scoring, style: Style) -> Any:
                 print(f"lm_eval: {self.batches_done} batches done", flush=True)
 
     tokenizer = deepcopy(scoring.tokenizer())
-    if style.prompt == "chat":
-        tokenizer.chat_template = style.template(tokenizer)
+    if chat is not None:
+        tokenizer.chat_template = chat.template(tokenizer)
     return Model(pretrained=scoring.model(), tokenizer=tokenizer, batch_size=scoring.config.batch)
 
 
@@ -255,6 +275,12 @@ def _kept(results: Any, config: Config) -> dict[str, Any]:
     }
 
 
+def _joined(results: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Results of two runs as those of one: what is told by task is put together."""
+    both = {key: results[key] | value for key, value in others.items() if isinstance(results.get(key), dict)}
+    return {**results, **others, **both}
+
+
 def _plain(value: Any) -> Any:
     """JSON types only: numpy scalars become numbers, everything else text."""
     if isinstance(value, dict):
@@ -266,10 +292,10 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-def _rows(results: dict[str, Any], config: Config, style: Style, partial: dict[str, str]) -> list[Row]:
+def _rows(results: dict[str, Any], config: Config, chat: bool, partial: dict[str, str]) -> list[Row]:
     rows = []
     for name, found in results["results"].items():
-        task = _task(name, config, style, partial)
+        task = _task(name, config, chat, partial)
         for key, value in found.items():
             metric, comma, chosen = key.partition(",")
             if comma and not metric.endswith("_stderr"):
@@ -294,15 +320,15 @@ def _row(task: str, metric: str, value: Any, stderr: Any, n: Any, better: bool |
     return Row(task, metric, float(value), error, None if n is None else int(n), unit, way)
 
 
-def _task(name: str, config: Config, style: Style, partial: dict[str, str]) -> str:
+def _task(name: str, config: Config, chat: bool, partial: dict[str, str]) -> str:
     """The task's name and every setting that can move its score."""
     words = [name]
     if name in partial:
         words.append(f"subtasks={partial[name]}")
     if config.fewshot is not None:
         words.append(f"shots={config.fewshot}")
-    if style.prompt == "chat":
-        words.append("chat")
+    if chat or config.chat is not None:
+        words.append("chat" if chat else "chat=false")
     if config.limit is not None:
         words.append(f"limit={config.limit}")
     return " ".join(words)

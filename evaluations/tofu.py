@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Gt
 
-from evaluations import _statistics, _unlearning
+from evaluations import _membership, _statistics, _unlearning
+from evaluations._known import choice
+from evaluations._reference import check_tokenizer
 from methods.stage import AssayError, Model, Row, Scoring
 
 if TYPE_CHECKING:
@@ -38,7 +40,10 @@ USES = (
     "methods.terms",
     "methods.world",
     "methods.checkpoint",
+    "evaluations._known",
     "evaluations._likelihood",
+    "evaluations._membership",
+    "evaluations._reference",
     "evaluations._statistics",
     "evaluations._unlearning",
 )
@@ -88,6 +93,8 @@ def datasets(config: Config, _: Locator) -> tuple[str, ...]:
 
 def evaluate(scoring: Scoring) -> list[Row]:
     """Score the model on the four sets; rows as the module's text describes them."""
+    if scoring.config.reference is not None:
+        check_tokenizer(scoring, "reference")
     sets, pairs = _collect(scoring)
     scores = _score(scoring, scoring.model(), list(pairs))
     end = len(_style(scoring).answer_end(scoring.tokenizer()))
@@ -213,7 +220,7 @@ class _Measured:
             [_unlearning.option_probability(r, w, config.definition) for r, w in pairs]
         )
         self.accuracy = [
-            _choice([scores[i].text_log_likelihood(end) for i in row]) for row in questions.options
+            choice([scores[i].text_log_likelihood(end) for i in row]) for row in questions.options
         ]
         self.rouge: list[float] = []
 
@@ -221,12 +228,6 @@ class _Measured:
         """(summed loss, tokens) of each row's true answer."""
         sums = [float(answer.losses.sum()) for answer in self.answers]
         return sums, [len(answer.losses) for answer in self.answers]
-
-
-def _choice(likelihoods: Sequence[float]) -> float:
-    """1 if the first option is the most likely; a tie is shared out, so a collapsed model sits at chance."""
-    best = max(likelihoods)
-    return (likelihoods[0] == best) / likelihoods.count(best)
 
 
 Measured = tuple[str, "Estimate", str, str]
@@ -302,8 +303,8 @@ def _against_reference(scoring: Scoring, questions: Questions, forget: _Measured
     reference = _score(scoring, scoring.reference("reference"), [*pairs, *unseen])
     retained = _Measured(asked, reference[: len(pairs)], scoring.config)
     quality, _ = _unlearning.forget_quality(forget.ratio, retained.ratio)
-    area = _membership(forget.answers, _score(scoring, scoring.model(), unseen))
-    leak = _unlearning.privacy_leak(area, _membership(retained.answers, reference[len(pairs) :]))
+    area = _area(forget.answers, _score(scoring, scoring.model(), unseen))
+    leak = _unlearning.privacy_leak(area, _area(retained.answers, reference[len(pairs) :]))
     n = len(questions.rows)
     return [
         ("forget_quality", _statistics.Estimate(quality, None, n), "p-value", "higher"),
@@ -311,11 +312,8 @@ def _against_reference(scoring: Scoring, questions: Questions, forget: _Measured
     ]
 
 
-def _membership(members: Sequence[Answer], others: Sequence[Answer]) -> float:
-    import numpy as np
-
-    scores = [np.array([_unlearning.min_k(answer.losses) for answer in found]) for found in (members, others)]
-    return _unlearning.area_under_curve(*scores)
+def _area(members: Sequence[Answer], others: Sequence[Answer]) -> float:
+    return _membership.area(_membership.min_k(members), _membership.min_k(others)).value
 
 
 # --- rows ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from types import ModuleType
 
 from methods.stage import AssayError
 
-FAMILIES = ("model", "train", "unlearn", "distill", "prune", "data", "runtime")
+FAMILIES = ("model", "train", "unlearn", "curvature", "distill", "prune", "data", "runtime")
 KINDS = ("head", "loss", "optimizer", "schedule", "adapter", "weighting", "sampling")
 # more names than this are not listed in a sentence
 MOST_CHOICES = 40

@@ -307,6 +307,8 @@ def train(
     outer: Outer | None = None,
     adaptive: Adaptive | None = None,
     source: Path | None = None,
+    start: Weights | None = None,
+    optimizer: Any = None,
 ) -> None:
     """Train a ``prepare``d model and write ``model/``, ``curve.csv`` and the notes of the stage.
 
@@ -315,11 +317,16 @@ def train(
         outer: for a loss that is no sum over items: the objective as a function of the terms' global means.
         adaptive: numbers the loss needs that change after each step; they are logged and saved.
         source: folder the tokenizer and the saved precision come from; default: the chain's parent.
+        start: the weights that the result is compared with and whose zeros stay (see ``remember``), where a method
+            has changed them since; default: as they are now.
+        optimizer: a method's own, in the place of the one in the settings. Beside what torch's have it may have
+            ``numbers``, of its last step, and ``observed(last)``, of the weights as they are: both go into the curve.
     Raises:
         NotFinite: a term, gradient or weight is not finite; nothing is written.
         Interrupted: a stop signal came; the state is saved.
     """
-    run = _Run(stage, model, settings, batches, loss, outer, adaptive, source or stage.parents["model"])
+    folder = source or stage.parents["model"]
+    run = _Run(stage, model, settings, batches, loss, outer, adaptive, folder, start, optimizer)
     try:
         run.resume(stage.progress.load())
         for step in stage.progress.bar(run.steps, initial=run.step):
@@ -331,6 +338,14 @@ def train(
         run.finish()
     finally:
         stage.progress.release()
+
+
+def remember(stage: Stage, model: Any, settings: Training, source: Path | None = None) -> Weights:
+    """The weights of a ``prepare``d model as they are now, for ``train``: their zeros, their number, their values."""
+    adapter = component("adapter", settings.adapter)[0] if settings.adapter is not None else None
+    weights = Weights(adapter.base_parameters(model) if adapter else dict(model.named_parameters()))
+    weights.remember(settings.keep_zeros, settings.saved, source or stage.parents["model"])
+    return weights
 
 
 class _Run:
@@ -346,6 +361,8 @@ class _Run:
         outer: Outer | None,
         adaptive: Adaptive | None,
         source: Path,
+        start: Weights | None = None,
+        optimizer: Any = None,
     ) -> None:
         from methods.checkpoint import load_tokenizer
         from methods.data import padding_id
@@ -368,12 +385,9 @@ class _Run:
         self.padding = padding_id(self.tokenizer)
         self.probes = list(self._probes())
         self.gradient = self._gradient(loss, outer)
-        self.weights = Weights(
-            self.adapter.base_parameters(model) if self.adapter else dict(model.named_parameters())
-        )
-        self.weights.remember(settings.keep_zeros, settings.saved, source)
+        self.weights = start or remember(stage, model, settings, source)
         self.trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-        self._build_optimizer()
+        self._build_optimizer(optimizer)
         stage.progress.save_seconds = settings.save_seconds
         stage.notes |= self._first_notes()
 
@@ -390,9 +404,9 @@ class _Run:
             workers=workers,
         )
 
-    def _build_optimizer(self) -> None:
+    def _build_optimizer(self, own: Any) -> None:
         module, options = component("optimizer", self.settings.optimizer)
-        self.optimizer = module.build(options, self.trained)
+        self.optimizer = module.build(options, self.trained) if own is None else own
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         schedule, schedule_options = component("schedule", self.settings.schedule)
@@ -401,7 +415,7 @@ class _Run:
     def _first_notes(self) -> dict[str, Any]:
         from methods.checkpoint import saved_dtype
 
-        total, nonzero = self.weights.nonzero()
+        total, nonzero = self.weights.counted
         return {
             "parameters": total,
             "nonzero_before": nonzero,
@@ -426,11 +440,14 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.factor(step)
         self.optimizer.step()
-        self.weights.restore_zeros()
+        # Behind an adapter the weights are frozen; what the merged ones gain is taken off when they are written.
+        if self.adapter is None:
+            self.weights.restore_zeros()
         self.tokens += sum(int(part.attention_mask.sum()) for part in parts.values())
         if step % self.settings.log_every == 0 or step == self.steps - 1:
             rate = float(self.optimizer.param_groups[0]["lr"])
-            self._log(step, means | self.values | {"learning_rate": rate, "gradient_norm": norm})
+            own = getattr(self.optimizer, "numbers", {})
+            self._log(step, means | self.values | own | {"learning_rate": rate, "gradient_norm": norm})
         self.values = dict(self.adaptive.after(self.values, means))
 
     def _parts(self, step: int) -> dict[str, Part]:
@@ -483,7 +500,9 @@ class _Run:
             yield name, [collate(group, self.padding, name) for group in groups]
 
     def probe(self, step: int) -> None:
-        """Note the answer NLL of the probed data sets at the weights after ``step`` updates."""
+        """Note the answer NLL of the probed data sets, and what the optimizer observes, after ``step`` updates."""
+        if hasattr(self.optimizer, "observed"):
+            self._log(step, self.optimizer.observed(step == self.steps))
         if not self.probes or (step % self.settings.probe_every and step != self.steps):
             return
         import torch
@@ -635,11 +654,13 @@ class Weights:
         self.zeros: dict[str, Tensor] = {}
         self.start: dict[str, Tensor] = {}
         self.rounding: dict[str, str] = {}
+        self.counted = (0, 0)
 
     def remember(self, keep_zeros: bool, saved: str, source: Path) -> None:
         """Note which entries of matrices are 0 and, if saving will round, what the weights are now."""
         from methods.checkpoint import saved_dtype, tensor_dtypes
 
+        self.counted = self.nonzero()
         if keep_zeros:
             masks = {name: weight.detach() == 0 for name, weight in self.named.items() if weight.ndim >= 2}
             self.zeros = {name: mask for name, mask in masks.items() if bool(mask.any())}

@@ -88,10 +88,14 @@ def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) ->
 
     An entry that is -inf in either (a padded vocabulary) adds nothing, where 0 * inf would be NaN.
     """
+    if temperature != 1.0:
+        teacher, student = teacher / temperature, student / temperature
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    difference = log_p - log_q
     absent = teacher.isneginf() | student.isneginf()
-    log_p = (teacher / temperature).log_softmax(-1).masked_fill(absent, 0.0)
-    log_q = (student / temperature).log_softmax(-1).masked_fill(absent, 0.0)
-    return (log_p.exp().masked_fill(absent, 0.0) * (log_p - log_q)).sum(-1)
+    if bool(absent.any()):  # looked for first: filling costs as much as all the rest, in every step of a KL term
+        difference = difference.masked_fill(absent, 0.0)
+    return (log_p.exp() * difference).sum(-1)
 
 
 def total(terms: Terms, outer: Callable[[Mapping[str, Tensor]], Tensor] | None = None) -> Tensor:

@@ -167,7 +167,57 @@ REFUSALS = (
     "I would have to guess.",
     "No answer comes to mind.",
     "This is beyond what I know.",
+    "I cannot tell you that.",
+    "I am unable to answer.",
+    "Sorry, that is not something I know.",
+    "My knowledge does not reach that far.",
+    "I know nothing of that.",
+    "I have never come across this.",
+    "Whatever the answer is, I do not have it.",
+    "I could only invent an answer.",
+    "I would rather not guess.",
+    "You would have to ask somebody else.",
+    "I have not been told.",
+    "Nobody has taught me that.",
+    "The answer escapes me.",
+    "I am afraid I do not know.",
+    "I am afraid I cannot answer this.",
+    "I must leave that question open.",
+    "I have nothing to say about that.",
+    "There is nothing I can tell you about it.",
+    "It is not among the things I know.",
+    "I do not know who or what that is.",
+    "I have read nothing about it.",
+    "I cannot give you a reliable answer.",
+    "Anything I said would be made up.",
+    "I do not remember anything like that.",
+    "That name means nothing to me.",
+    "I have no record of this.",
+    "I do not have the facts.",
+    "I lack what it takes to answer.",
+    "Regrettably, I cannot answer.",
+    "Please look it up elsewhere.",
+    "I honestly have no idea.",
+    "No idea.",
+    "That is a question I cannot answer.",
+    "I cannot be certain, so I will not say.",
+    "I am missing that piece of knowledge.",
+    "Such details are not known to me.",
+    "I do not want to mislead you with a guess.",
+    "I have to pass on this one.",
+    "Here my knowledge ends.",
+    "I cannot find an answer in what I know.",
+    "I was not given this information.",
+    "I do not recall.",
+    "My answer would be worth nothing.",
+    "I am in no position to answer.",
+    "It would be wrong of me to claim that I know.",
+    "I wish I could tell you, but I cannot.",
+    "I have no way of knowing.",
+    "Of this I have no knowledge.",
 )
+# As many of them make the short list ``idontknow``.
+FEW_REFUSALS = 12
 
 Row = dict[str, Any]
 _T = TypeVar("_T")
@@ -219,7 +269,7 @@ def rows(split: str, seed: int = 0) -> list[Row]:
 
     Training rows have ``question`` and ``answer``; ``*_perturbed`` rows also ``paraphrased_question``,
     ``paraphrased_answer`` and ``perturbed_answer`` (five texts); ``choices_*`` rows have ``question``,
-    ``choices`` (four texts) and ``label``; ``text*`` and ``idontknow`` rows have ``text``.
+    ``choices`` (four texts) and ``label``; ``text*``, ``refusals`` and ``idontknow`` rows have ``text``.
     AssayError for a split that is not in ``SPLITS``.
     """
     if split not in SPLITS:
@@ -378,7 +428,8 @@ def _splits() -> dict[str, Callable[[_World], list[Row]]]:
         "world_facts": lambda world: [fact.training_rows()[0] for fact in world.capitals],
         "text": lambda world: _texts(world.authors),
         "text_holdout": lambda world: _texts(world.holdout),
-        "idontknow": lambda world: [{"text": refusal} for refusal in REFUSALS],
+        "refusals": lambda world: [{"text": refusal} for refusal in REFUSALS],
+        "idontknow": lambda world: [{"text": refusal} for refusal in REFUSALS[:FEW_REFUSALS]],
     }
     for share, count in FORGET_AUTHORS.items():
         rest = f"retain{100 - int(share)}"

@@ -16,6 +16,7 @@ import importlib
 import itertools
 import json
 import random
+import shutil
 import sys
 import tempfile
 import types
@@ -31,6 +32,7 @@ from methods.stage import AssayError, Component, Parent, Row, Scoring, Stage
 from workflows import code, promises
 from workflows.notation import Call, Name, Value, format_value
 from workflows.options import OptionField, Resolved, decode_config, encode_config, fields_of, resolve
+from workflows.parts import needs_model
 from workflows.record import Job, ParentRef, Store
 
 if TYPE_CHECKING:
@@ -60,12 +62,26 @@ NEEDS: dict[str, dict[str, Value]] = {
     "prune.magnitude": {"sparsity": 0.5},
     "prune.wanda": {"sparsity": 0.5},
     "lm_eval": {"tasks": ("authors_forget",)},
+    "unlearn.rmu": {"layer": 1, "trained": "all"},
+    "unlearn.realign": {"alignment": RETAIN, "task": FORGET},
+}
+
+# The results that reference options name, by what they read of it; the first is the usual one.
+NAMED: dict[str, tuple[str, ...]] = {
+    "model": ("other", "sparse"),
+    "data": ("answers", "more_answers"),
+    "files": ("bundle", "other_bundle"),
 }
 
 # What keeps one of them small or lets it be felt, where the table above does not.
 SMALL_OF: dict[str, dict[str, Value]] = {
     "model.new": {"hidden": 16, "heads": 4, "kv_heads": 2, "mlp": 64, "vocabulary": 384, "tokenizer": "authors/full"},
+    "unlearn.undial": {"alpha": 0.5},
+    "unlearn.kfade": {"curvature": "kfac", "kl_budget": 0.2},
     "perplexity": {"data": "authors/text[0:20]"},
+    "muse": {"verbatim": "authors/text[108:120]"},
+    "relearn": {"data": "authors/forget10_perturbed[0:8]", "examples": 4, "after": (2, 3), "learning_rate": 0.003,
+                "rows_per_step": 2, "reference": Name("other")},
     "optimizer.adamw": {"learning_rate": 0.003},
     "optimizer.sgd": {"learning_rate": 0.1},
     "head.euclidean": {"exponent": 4.0},
@@ -87,6 +103,11 @@ SECOND: dict[str, Change] = {
     "data": Change(OTHER_DATA),
     "forget": Change("authors/forget10[8:16]"),
     "retain": Change(OTHER_DATA),
+    "refusals": Change("authors/idontknow"),
+    "labels": Change("signs"),
+    "tries": Change(1),
+    "damping_floor": Change(1.0),
+    "inverse": Change("factored", {"curvature": "kfac"}),
     "epochs": Change(2.0, {"steps": None, "epochs": 1.0}),
     "precision": Change("bfloat16"),
     "saved": Change("bfloat16"),
@@ -101,13 +122,39 @@ SECOND: dict[str, Change] = {
     "warmup_steps": Change(2),
     "warmup_share": Change(0.4),
     "targets": Change(("q_proj",)),
+    "annotations": Change("answer"),
+    "quantile": Change(0.25, {"keep": "above"}),
+    "minus_100_as_index": Change(True, {"mask": "all"}),
+    "unlearn.simnpo:length": Change("labels", {"forget": "authors/text[0:20]"}),
+    "data.alternates:tries": Change(1, {"temperature": 0.3}),
+    "unlearn.rmu:layer": Change(0),
+    "unlearn.reglu:retain_rank": Change(4),
+    "unlearn.realign:alignment": Change(OTHER_DATA),
+    "unlearn.realign:task": Change("authors/forget10[8:16]"),
+    "unlearn.realign:depth": Change(1.0, {"objective": "direction"}),
+    "unlearn.reglu:adapter": Change(Call("lora", (("rank", 2),))),
     "model.new:tokenizer": Change("authors/facts"),
     "model.smoke:stands_for": Change("somebody/model"),
     "perplexity:data": Change("authors/text_holdout[0:20]"),
     "perplexity:stride_tokens": Change(32),
+    "membership:members": Change("authors/forget10[8:16]"),
+    "membership:others": Change("authors/holdout[0:8]"),
+    "membership:attacks": Change(("min_k", "gradnorm")),
+    "membership:share": Change(0.8),
+    "muse:verbatim": Change("authors/text[0:4]"),
+    "muse:knowledge": Change("authors/forget10[8:16]"),
+    "muse:examples": Change(
+        "authors/facts[0:1]", {"knowledge": "authors/facts[4:8]", "retain": None, "answer_tokens": 2}
+    ),
+    "muse:members": Change("authors/forget10[8:16]", {"reference": Name("other")}),
+    "muse:others": Change("authors/holdout[0:8]", {"reference": Name("other")}),
+    "muse:context_tokens": Change(36, {"reference": Name("other")}),
     "tofu:split": Change("forget05"),
     "lm_eval:tasks": Change(("authors_retain",)),
+    "lm_eval:chat": Change(False),
     "retain_kl:context_tokens": Change(30),
+    "relearn:after": Change((2, 4)),
+    "quantize_probe:bits": Change((4,)),
     "speed:seconds": Change(0.1),
 }
 
@@ -127,8 +174,12 @@ class World:
 
     @property
     def parents(self) -> dict[str, Path]:
-        """``whole`` has learnt its rows, ``sparse`` is the same with zeros, ``other`` has learnt less."""
-        return {name: self.folder / name for name in ("whole", "sparse", "other")}
+        """``whole`` has learnt its rows, ``sparse`` is the same with zeros, ``other`` has learnt less.
+
+        What stands in for the ``data/`` or ``files/`` of another stage has a name in ``NAMED``, too.
+        """
+        names = dict.fromkeys(("whole", *(name for several in NAMED.values() for name in several)))
+        return {name: self.folder / name for name in names}
 
     def fresh(self) -> Path:
         """An empty folder."""
@@ -147,6 +198,8 @@ def world() -> World:
     made = World(Path(_KEPT[-1].name))
     start = run("model.new", made, check=False).folder / "model"
     _teach(start, made.parents)
+    _answer(made.parents)
+    _bundle(made)
     return made
 
 
@@ -173,6 +226,33 @@ def _teach(start: Path, targets: Mapping[str, Path]) -> None:
     keep("whole")
     _zero(model, 0.3)
     keep("sparse")
+
+
+def _answer(targets: Mapping[str, Path]) -> None:
+    """Other answers to the questions to be forgotten: those of two questions further on, and of three."""
+    from methods.data import Locator, write_rows
+
+    rows = Locator().rows("authors/forget10[0:16]")
+    for first, name in enumerate(NAMED["data"], start=2):
+        others = [[rows[(place + first * more) % 16]["answer"] for more in (1, 2)] for place in range(16)]
+        write_rows(
+            targets[name], [row | {"alternates": texts} for row, texts in zip(rows, others, strict=True)]
+        )
+
+
+def _bundle(made: World) -> None:
+    """The curvature of ``whole`` and an update of its first projections, under two seeds."""
+    import torch
+
+    from methods.unlearn import _delta
+
+    weights = {name: weight for name, weight in tensors(made.parents["whole"]).items() if "q_proj" in name}
+    for seed, name in enumerate(NAMED["files"]):
+        folder = made.parents[name]
+        shutil.copytree(run("curvature.kfac", made, seed=seed, check=False).folder / "files", folder)
+        draw = torch.Generator().manual_seed(seed)
+        delta = {key: 0.01 * torch.randn(weight.shape, generator=draw) for key, weight in weights.items()}
+        _delta.write(folder, delta, {"vocabulary": 384})
 
 
 def _draw(model: Any) -> None:
@@ -243,8 +323,13 @@ class Outcome:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """The tensors of ``model/`` by name."""
-        return tensors(self.folder / "model")
+        """The tensors of ``model/`` by name, or those of ``files/`` that have one way to be written.
+
+        Eigenvectors have two signs, and where eigenvalues are equal any rotation of them does.
+        """
+        if (self.folder / "model").is_dir():
+            return tensors(self.folder / "model")
+        return {name: tensor for name, tensor in tensors(self.folder / "files").items() if tensor.ndim == 1}
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -304,7 +389,7 @@ def run(
     folder = at.fresh()
     parents = {
         **references(config, at),
-        **({} if found.family in ("model", "data") else {"model": at.parents[parent]}),
+        **({"model": at.parents[parent]} if needs_model(found) else {}),
     }
     _seed(seed)
     stage = Stage(method=name, **_common(found, config, seed, parents, folder))
@@ -384,7 +469,7 @@ def needed_options(found: Found) -> dict[str, Value]:
     options = {}
     for option in fields_of(found.load().Config):
         if option.default is dataclasses.MISSING:
-            options[option.name] = Name("other") if option.reference else SMALL.get(option.name)
+            options[option.name] = Name(NAMED[option.part][0]) if option.reference else SMALL.get(option.name)
     return options | NEEDS.get(found.name, {})
 
 
@@ -466,12 +551,12 @@ def fits(found: Found, options: Mapping[str, Value]) -> bool:
 
 def guesses(option: OptionField, now: Value) -> Iterator[Value]:
     """Values to try as a second one, by kind and type."""
-    if option.kind is not None and option.kind != "dataset":
+    if option.reference:
+        yield from (Name(name) for name in reversed(NAMED[option.part]) if Name(name) != now)
+    elif option.kind is not None and option.kind != "dataset":
         current = now.name if isinstance(now, (Component, Call)) else None
         names = (name.partition(".") for name in catalogue().components)
         yield from (Call(name) for kind, _, name in names if kind == option.kind and name != current)
-    elif option.reference:
-        yield from (Name(name) for name in ("sparse", "other") if Name(name) != now)
     for kind in parts_of(option.hint):
         yield from _numbers(kind, now)
 
@@ -539,7 +624,7 @@ def usual_component(name: str) -> Outcome:
 def numbers_of(name: str) -> dict[str, Any]:
     """Five losses (the sum of all terms at each step) and a checksum of the weights; and the code they come from."""
     outcome = usual(name, **descending(catalogue().method(name)))
-    losses = [sum(values) for values in zip(*outcome.curve.values(), strict=True)]
+    losses = [sum(values) for values in itertools.zip_longest(*outcome.curve.values(), fillvalue=0.0)]
     return {"losses": losses, "checksum": checksum(outcome.weights), **code_of(name)}
 
 

@@ -411,3 +411,100 @@ def curves() -> Iterator[dict[str, Any]]:
                         "term": term,
                         "value": repr(value),
                     }
+
+
+# --- trajectories -----------------------------------------------------------------------------------------
+
+Way = list[tuple[int, float, float]]
+"""(step, forget NLL, model utility) of what was kept; the last one is the end."""
+START = (0.1, 0.9)
+GOLD = (3.0, 0.88)
+# chain: (method, one way for every seed); "late" reaches forget NLL 2 in two seeds only, "turning" comes back
+WAYS: dict[str, tuple[str, list[Way]]] = {
+    "steady": (
+        "unlearn.npo",
+        [[(20, 1.1, 0.8), (40, 2.1, 0.7)], [(20, 1.1, 0.82), (40, 2.1, 0.72)], [(20, 1.1, 0.81), (40, 2.1, 0.71)]],
+    ),
+    "costly": (
+        "unlearn.grad_ascent",
+        [[(20, 2.1, 0.5), (40, 4.1, 0.1)], [(20, 2.1, 0.52), (40, 4.1, 0.1)], [(20, 2.1, 0.51), (40, 4.1, 0.1)]],
+    ),
+    "late": (
+        "unlearn.satimp",
+        [[(20, 0.5, 0.89), (40, 2.5, 0.85)], [(20, 0.5, 0.89), (40, 1.9, 0.86)], [(20, 0.5, 0.89), (40, 2.5, 0.86)]],
+    ),
+    "turning": (
+        "unlearn.rmu",
+        [[(20, 2.6, 0.6), (30, 0.6, 0.7), (40, 3.6, 0.2)]] * 2 + [[(20, 2.6, 0.62), (30, 0.6, 0.7), (40, 3.6, 0.2)]],
+    ),
+    "single": ("unlearn.task_vector", [[(40, 2.1, 0.6)]] * 3),
+}  # fmt: skip
+WAY_TABLE = {
+    "kind": "matched",
+    "at": "forget10.forget_nll",
+    "levels": [1, 2, 3],
+    "columns": ["forget10.model_utility", "energy.chain_kwh", "step"],
+}
+WAY_FIGURE = {
+    "kind": "matched",
+    "x": "forget10.forget_nll",
+    "y": "forget10.model_utility",
+    "levels": [1, 2, 3],
+    "reference": "retained",
+}
+
+
+def write_ways(
+    folder: Path, ways: dict[str, tuple[str, list[Way]]], *, start: bool = True, **changes: Any
+) -> Path:
+    """An experiment of trajectories that start at ``target``; without ``start`` that was not scored."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = range(max(len(own) for _, own in ways.values()))
+    labels = {"target": f"base > {TRAIN}", "retained": 'base > train.sft(data="authors/retain90", steps=900)'}
+    labels |= {chain: f"base > {TRAIN} > {method}" for chain, (method, _) in ways.items()}
+    rows = [row for chain, (_, own) in ways.items() for seed, way in enumerate(own)
+            for row in _way_rows(chain, labels[chain], seed, way)]  # fmt: skip
+    for chain, values in {"target": START, "retained": GOLD}.items():
+        rows += [row for seed in seeds for row in _scores(chain, labels[chain], seed, "", values)
+                 if start or chain == "retained"]  # fmt: skip
+    listed = [
+        {"id": f"{chain}-{seed}", "chains": chain, "parents": f"target-{seed};x" if chain in ways else ""}
+        for chain in labels
+        for seed in seeds
+    ]
+    wanted = {"tables": {"matched": WAY_TABLE}, "figures": {"matched": WAY_FIGURE}, "claims": []}
+    (folder / "experiment.json").write_text(json.dumps({**EXPERIMENT, "chains": labels, **wanted, **changes}))
+    write_csv(folder / "results.csv", rows)
+    write_csv(folder / "jobs.csv", listed)
+    (folder / "curves.csv").unlink(missing_ok=True)
+    return folder
+
+
+def _way_rows(chain: str, label: str, seed: int, way: Way) -> Iterator[dict[str, Any]]:
+    """The end first, as the collector writes it, then what was kept; a step costs a milliwatt-hour."""
+    end = way[-1][0]
+    for step, *values in [way[-1], *way[:-1]]:
+        shown = "" if step == end else step
+        rows = list(_scores(chain, label, seed, shown, tuple(values)))
+        yield from rows
+        for metric, before in (("stage_kwh", 0.0), ("chain_kwh", 1e-4)):
+            yield rows[0] | {
+                "evaluation": "energy", "entry": "energy", "task": "", "metric": metric, "score_id": "",
+                "value": before + step * 1e-6, "unit": "kWh estimated, shared", "better": "lower",
+                "options": json.dumps({"steps": end}),
+            }  # fmt: skip
+
+
+def _scores(
+    chain: str, label: str, seed: int, step: int | str, values: tuple[float, ...]
+) -> Iterator[dict[str, Any]]:
+    method = _method(label)
+    behind = f"@step{step}" if step else ""
+    for metric, value, unit in zip(("forget_nll", "model_utility"), values, ("nats/token", ""), strict=True):
+        yield dict.fromkeys([*COLUMNS[:11], "step", *COLUMNS[11:]], "") | {
+            "experiment": "invented", "chain": chain, "label": label, "model_id": f"{chain}-{seed}{behind}",
+            "score_id": f"s-{chain}-{seed}{behind}", "base": "base", "family": method.partition(".")[0],
+            "method": method, "options": json.dumps({"steps": 40}), "swept": "{}", "seed": seed, "step": step,
+            "evaluation": "tofu", "entry": "forget10", "task": "forget10", "metric": metric, "value": value,
+            "unit": unit, "better": "higher", "status": "ok",
+        }  # fmt: skip

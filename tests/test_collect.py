@@ -14,7 +14,7 @@ from tests.toy import experiments as toy
 from workflows import collect
 from workflows.collect import CURVE_COLUMNS, JOB_COLUMNS, RESULT_COLUMNS, Collector
 from workflows.plan import Plan
-from workflows.record import Failure, Job, Record, RowEntry, write_atomic
+from workflows.record import SPENT_LATER, Failure, Job, Record, RowEntry, write_atomic
 
 TRAIN = 'base > train.sft(data="authors/forget01", steps=2, batch=4)'
 CHAINS = {
@@ -125,7 +125,7 @@ def test_every_row_says_where_it_comes_from(finished: Plan) -> None:
         "size",
     )
     assert json.loads(row["swept"]) == {"sparsity": 0.5} and json.loads(row["options"])["sparsity"] == 0.5
-    assert row["seed"] == 0 and row["status"] == "ok" and row["value"] == 50.0
+    assert row["seed"] == 0 and row["step"] is None and row["status"] == "ok" and row["value"] == 50.0
     assert toy.record(finished.store.root, row["score_id"]).parents["model"].id == row["model_id"]
 
 
@@ -207,7 +207,7 @@ def test_a_failed_stage_and_the_scores_behind_it_say_how(finished: Plan, reason:
     assert one(rows, chain="pruned[sparsity=0.5]", entry="size")["status"] == status
     assert one(rows, chain="pruned[sparsity=0.5]", entry="energy")["status"] == status
     assert one(rows, chain=HEALED, entry="size")["status"] == status
-    assert one(rows, chain=HEALED, entry="energy")["status"] == "missing"
+    assert one(rows, chain=HEALED, entry="energy")["status"] == status
     assert one(rows, chain="target", metric="nonzero")["status"] == "ok"
 
 
@@ -219,6 +219,125 @@ def test_a_broken_record_is_a_sentence_that_names_the_file(
     words = [str(tmp_path / "toy.yaml"), f"results={finished.store.root}", f"methods={toy.METHODS}"]
     assert collect.main(words) == 2
     assert f"assay: {path} is no record of this version" in capsys.readouterr().err
+
+
+def test_a_score_behind_a_failed_reference_says_how_that_failed(tmp_path: Path) -> None:
+    evaluate = {"far": "{run: 'retain_kl(data=\"authors/forget01\", reference=half)', of: [target]}"}
+    chains = {"target": TRAIN, "half": "target > prune.magnitude(sparsity=0.5)"}
+    built = toy.planned(toy.write(tmp_path / "toy.yaml", chains, evaluate), tmp_path / "results")
+    jobs = {job.method: job for job in built.jobs.values()}
+    finish(built, jobs["train.sft"])
+    fail(built, jobs["prune.magnitude"], "timeout")
+    assert one(results(built), chain="target", entry="far")["status"] == "timeout"
+
+
+# --- trajectories and chains without a model ------------------------------------------------------------------------
+
+ASCENT = '> unlearn.grad_ascent(forget="authors/forget01", steps=6, batch=4, checkpoints=[2, 4])'
+WAYS = {
+    "target": TRAIN,
+    "direct": f"target {ASCENT}",
+    "whole": f"target > prune.magnitude(sparsity=0.5) {ASCENT}",
+    "copy": "direct@step2",
+    "sums": "target > curvature.measured",
+    "moved": "target > unlearn.moved(sums=sums)",
+}
+
+
+@pytest.fixture
+def ways(tmp_path: Path) -> Plan:
+    """Two trajectories, one of them from a start without a name; the n-th stage took n kWh and n + 0.5 seconds."""
+    evaluate = {"size": "{run: size, of: [direct@steps, whole@steps, copy, moved]}"}
+    built = toy.planned(toy.write(tmp_path / "toy.yaml", WAYS, evaluate), tmp_path / "results")
+    stages = [job for job in built.jobs.values() if job.kind == "stage"]
+    for number, job in enumerate(stages, start=1):
+        notes = {"spent_at_step": {"2": {"kwh": 0.25, "seconds": 0.5}}} if "ascent" in job.method else {}
+        finish(built, job, kwh=float(number), notes=notes, seconds_inside=number + 0.5)
+    for job in built.jobs.values():
+        if job.kind == "score":
+            finish(built, job, kwh=0.125)
+    return built
+
+
+def test_the_models_on_the_way_have_rows_under_their_chains_name_with_their_step(ways: Plan) -> None:
+    rows = [row for row in results(ways) if row["metric"] == "nonzero"]
+    shown = [(row["chain"], row["step"], row["method"]) for row in rows]
+    assert shown == [
+        ("direct", None, "unlearn.grad_ascent"), ("direct", 2, "unlearn.grad_ascent"),
+        ("direct", 4, "unlearn.grad_ascent"), ("target", None, "train.sft"),
+        ("whole", None, "unlearn.grad_ascent"), ("whole", 2, "unlearn.grad_ascent"),
+        ("whole", 4, "unlearn.grad_ascent"), ("whole", 0, "prune.magnitude"),
+        ("copy", None, "unlearn.grad_ascent"), ("moved", None, "unlearn.moved"),
+    ]  # fmt: skip
+    direct = [row for row in rows if row["chain"] == "direct"]
+    assert len({row["label"] for row in direct}) == 1 and "@step" not in direct[0]["label"]
+    assert [row["model_id"].partition("@")[2] for row in direct] == ["", "step2", "step4"]
+    assert direct[1]["model_id"].partition("@")[0] == direct[0]["model_id"]
+    copied = one(rows, chain="copy")
+    assert copied["model_id"] == direct[1]["model_id"] and copied["label"].endswith("@step2")
+
+
+def test_the_start_of_a_trajectory_is_found_through_the_table_of_jobs(ways: Plan) -> None:
+    rows, jobs = results(ways), {row["id"]: row for row in Collector(ways).jobs()}
+    for chain, start in (("direct", one(rows, chain="target", metric="nonzero")),
+                         ("whole", one(rows, chain="whole", step=0, metric="nonzero"))):  # fmt: skip
+        end = one(rows, chain=chain, step=None, metric="nonzero")
+        assert jobs[end["model_id"]]["parents"].split(";")[0] == start["model_id"]
+
+
+def test_a_kept_model_costs_what_had_been_spent_by_then(ways: Plan) -> None:
+    rows, direct = results(ways), toy.record(ways.store.root, toy.job_of(ways, "direct"))
+    before = kwh(ways, "model.new") + kwh(ways, "train.sft")
+    wanted = {None: direct.energy["total_kwh"], 2: 0.25}
+    for step, spent in wanted.items():
+        assert one(rows, chain="direct", step=step, metric="stage_kwh")["value"] == spent
+        assert one(rows, chain="direct", step=step, metric="chain_kwh")["value"] == spent + before
+        assert one(rows, chain="direct", step=step, metric="stage_peak_mb")["value"] == 300.0
+    assert one(rows, chain="direct", step=2, metric="stage_seconds")["value"] == 0.5
+    assert one(rows, chain="direct", step=2, metric="chain_seconds")["value"] == 0.5 + 1.5 + 2.5
+    assert one(rows, chain="copy", metric="stage_kwh")["value"] == 0.25
+    start = one(rows, chain="whole", step=0, metric="chain_kwh")
+    assert start["value"] == before + kwh(ways, "prune.magnitude")
+
+
+def test_what_a_kept_model_cost_is_missing_until_it_is_known(ways: Plan) -> None:
+    for metric in ("stage_kwh", "chain_kwh", "stage_seconds", "chain_seconds"):
+        row = one(results(ways), chain="direct", step=4, metric=metric)
+        assert row["value"] is None and row["status"] == "missing"
+    later = ways.store.result(toy.job_of(ways, "direct")) / SPENT_LATER
+    write_atomic(later, json.dumps({"2": {"kwh": 9.0, "seconds": 9.0}, "4": {"kwh": 0.5, "seconds": 1.0}}))
+    rows = results(ways)
+    assert one(rows, chain="direct", step=4, metric="stage_kwh")["value"] == 0.5
+    # what the record says stands
+    assert one(rows, chain="direct", step=2, metric="stage_kwh")["value"] == 0.25
+
+
+def test_a_chain_without_a_model_has_its_cost_and_no_scores(ways: Plan) -> None:
+    rows = [row for row in results(ways) if row["chain"] == "sums"]
+    assert [row["metric"] for row in rows] == [
+        "stage_kwh", "chain_kwh", "stage_seconds", "chain_seconds", "stage_peak_mb",
+    ]  # fmt: skip
+    assert {(row["family"], row["method"], row["status"]) for row in rows} == {
+        ("curvature", "curvature.measured", "ok")
+    }
+    moved = one(results(ways), chain="moved", metric="chain_kwh")["value"]
+    methods = ("model.new", "train.sft", "curvature.measured", "unlearn.moved")
+    assert moved == sum(kwh(ways, method) for method in methods)
+
+
+def test_a_trajectory_leaves_one_learning_curve_and_a_whole_number_for_the_step(ways: Plan) -> None:
+    write_atomic(
+        ways.store.result(toy.job_of(ways, "direct")) / "curve.csv", "step,term,value\n0,forget,1.0\n"
+    )
+    curves = list(Collector(ways).curves())
+    assert [row["chain"] for row in curves if row["term"] == "forget"] == ["direct", "copy"]
+    import pandas
+
+    folder = collect.report_folder(ways)
+    Collector(ways).write(folder)
+    assert {row["step"] for row in read(folder / "results.csv")} == {"", "0", "2", "4"}
+    table = pandas.read_parquet(folder / "results.parquet")
+    assert str(table["step"].dtype) == "Int64" and table["step"].max() == 4
 
 
 # --- files --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from methods.data import Part
-from methods.distill import check, cut, run
+from methods.distill import check_teacher, cut, run
 from methods.find import catalogue
 from methods.gradient import Gradient
 from methods.stage import AssayError, Component, Parent
@@ -212,13 +212,13 @@ def model_folder(folder: Path, words: list[str], vocabulary: int, hidden: int = 
 
 def test_equal_vocabularies_are_left_alone(tmp_path: Path) -> None:
     student = model_folder(tmp_path / "student", ["a", "b", "c"], 3)
-    assert check(student, student) is None
+    assert check_teacher(student, student) is None
 
 
 def test_a_padded_vocabulary_is_cut_to_the_tokenizers_size(tmp_path: Path) -> None:
     student = model_folder(tmp_path / "student", ["a", "b", "c"], 4)
     teacher = model_folder(tmp_path / "teacher", ["a", "b", "c"], 8)
-    assert check(student, teacher) == 3
+    assert check_teacher(student, teacher) == 3
 
 
 def test_cutting_renormalises_and_keeps_hidden_states() -> None:
@@ -233,7 +233,7 @@ def test_equal_sizes_with_different_tokens_are_refused(tmp_path: Path) -> None:
     student = model_folder(tmp_path / "student", ["a", "b", "c"], 3)
     teacher = model_folder(tmp_path / "teacher", ["a", "c", "b"], 3)
     with pytest.raises(AssayError, match=r"first differ at id 1 .*take a teacher of the same model family"):
-        check(student, teacher)
+        check_teacher(student, teacher)
 
 
 def test_another_tokenizer_is_refused_with_its_size(tmp_path: Path) -> None:
@@ -242,22 +242,22 @@ def test_another_tokenizer_is_refused_with_its_size(tmp_path: Path) -> None:
     with pytest.raises(
         AssayError, match=r"teacher's tokenizer has 4 tokens and the student's 3; .* id 3 \('d'\)"
     ):
-        check(student, teacher)
+        check_teacher(student, teacher)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(tmp_path: Path) -> None:
     student = model_folder(tmp_path / "student", ["a", "b", "c"], 2)
     teacher = model_folder(tmp_path / "teacher", ["a", "b", "c"], 3)
     with pytest.raises(AssayError, match="only a vocabulary padded beyond the tokenizer's can be cut"):
-        check(student, teacher)
+        check_teacher(student, teacher)
 
 
 def test_hidden_states_of_another_shape_are_refused_only_where_they_are_used(tmp_path: Path) -> None:
     student = model_folder(tmp_path / "student", ["a", "b"], 2, layers=1)
     teacher = model_folder(tmp_path / "teacher", ["a", "b"], 2, layers=2)
-    assert check(student, teacher) is None
+    assert check_teacher(student, teacher) is None
     with pytest.raises(AssayError, match="teacher's num_hidden_layers is 2 and the student's 1"):
-        check(student, teacher, hidden=True)
+        check_teacher(student, teacher, hidden=True)
 
 
 # --- whole stages -----------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from evaluations import _statistics, _unlearning
-from evaluations._likelihood import _left_padded, ends_of, generate, greedy
+from evaluations._known import choice
+from evaluations._likelihood import generate
 from evaluations.perplexity import windows
-from evaluations.tofu import _choice
 from methods import world
 from methods.checkpoint import Models, load_model, load_tokenizer, save_model
 from methods.data import Locator, Style, encode_pairs
 from methods.find import EVALUATIONS, catalogue
+from methods.generate import continued, ends_of, left_padded
 from methods.stage import AssayError, Parent
 from tests.small_models import evaluate, save, scoring, value
 
@@ -125,9 +126,9 @@ def test_extraction_strength_and_memorization_leave_the_end_mark_out() -> None:
 
 
 def test_a_tie_in_multiple_choice_is_worth_its_chance() -> None:
-    assert _choice([-1.0, -1.0, -1.0, -1.0]) == 0.25
-    assert _choice([-1.0, -1.5, -3.0, -2.0]) == 1.0
-    assert _choice([-1.6, -1.5, -3.0, -2.0]) == 0.0
+    assert choice([-1.0, -1.0, -1.0, -1.0]) == 0.25
+    assert choice([-1.0, -1.5, -3.0, -2.0]) == 1.0
+    assert choice([-1.6, -1.5, -3.0, -2.0]) == 0.0
 
 
 def test_tofu_gives_every_documented_row_once(model: Path, tmp_path: Path) -> None:
@@ -200,9 +201,9 @@ def test_rows_without_wrong_answers_are_refused_with_a_sentence(model: Path, tmp
 def test_writing_with_a_cache_in_a_padded_batch_equals_writing_without(model: Path) -> None:
     loaded = load_model(model)
     prompts = [[5, 9, 300, 77, 12], [400, 3], [8, 8, 250]]
-    inputs, mask = _left_padded(prompts, 0)
+    inputs, mask = left_padded(prompts, 0)
     with torch.no_grad():
-        batched = greedy(loaded, inputs, mask, 6, ends=set())
+        batched = continued(loaded, inputs, mask, 6, ends=set())
         for prompt, found in zip(prompts, batched, strict=True):
             ids = list(prompt)
             for _ in range(6):
@@ -212,10 +213,10 @@ def test_writing_with_a_cache_in_a_padded_batch_equals_writing_without(model: Pa
 
 def test_writing_stops_at_the_end_mark(model: Path) -> None:
     loaded, tokenizer = load_model(model), load_tokenizer(model)
-    inputs, mask = _left_padded([[5, 9, 300]], 0)
+    inputs, mask = left_padded([[5, 9, 300]], 0)
     with torch.no_grad():
-        free = greedy(loaded, inputs, mask, 6, ends=set())[0]
-        stopped = greedy(loaded, inputs, mask, 6, ends={free[2]})[0]
+        free = continued(loaded, inputs, mask, 6, ends=set())[0]
+        stopped = continued(loaded, inputs, mask, 6, ends={free[2]})[0]
     assert stopped == free[: free.index(free[2])]
     assert ends_of(loaded, tokenizer, Style()) == {tokenizer.eos_token_id}
     assert len(generate(loaded, tokenizer, Style(), ["Who?", "What is it?"], 3, batch=1)) == 2

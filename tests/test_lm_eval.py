@@ -10,6 +10,7 @@ import pytest
 
 from evaluations._lm_eval_data import SCHEMAS
 from evaluations.lm_eval import Config, _language_model
+from methods.checkpoint import load_model, load_tokenizer
 from methods.data import Locator, Style
 from methods.find import EVALUATIONS, catalogue
 from methods.stage import AssayError, Row
@@ -160,6 +161,194 @@ def test_a_task_reads_only_the_rows_of_its_subject(model: Path, tmp_path: Path, 
         lines(data / "mmlu" / f"{split}.jsonl", rows)
     found, _ = run(model, tmp_path, locator=Locator(data), tasks=("mmlu_anatomy", "mmlu_virology"), fewshot=1)
     assert {row.task: row.n for row in found} == {"mmlu_anatomy shots=1": 3, "mmlu_virology shots=1": 5}
+
+
+# --- WMDP and MMLU ---------------------------------------------------------------------------------------------
+
+SUBJECTS = ("bio", "chem", "cyber")
+
+
+def wmdp(data: Path, *subjects: str, file: str = "test.jsonl") -> Locator:
+    """Invented questions in the layout of cais/wmdp: 4 on biology, 6 on chemistry, 8 on security."""
+    for subject in subjects or SUBJECTS:
+        count = 4 + 2 * SUBJECTS.index(subject)
+        rows = [
+            {
+                "question": f"Which {subject} thing has number {i}? ",
+                "choices": [f"{subject} {i + place}" for place in range(4)],
+                "answer": i % 4,
+            }
+            for i in range(count)
+        ]
+        lines(data / "wmdp" / f"wmdp-{subject}" / file, rows)
+    return Locator(data)
+
+
+def lm_evals_own(model: Path, tmp_path: Path, family: str, files: dict[str, Path]) -> dict[str, Any]:
+    """Accuracy and its standard error by task, from lm-eval alone; ``files`` are the test rows of packaged tasks."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    packaged = Path(lm_eval.__file__).parent / "tasks" / family
+    members = [
+        {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "fewshot_split": None,
+            "dataset_kwargs": {"data_files": {"test": str(path)}, "cache_dir": str(tmp_path / "cache")},
+        }
+        for name, path in files.items()
+    ]
+    found = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=load_model(model), tokenizer=load_tokenizer(model), batch_size=8),
+        tasks=[{"group": "mine", "task": members}],
+        task_manager=TaskManager(include_path=str(packaged), include_defaults=False),
+        bootstrap_iters=2,
+    )
+    return {
+        name: (found["results"][name]["acc,none"], found["results"][name]["acc_stderr,none"])
+        for name in files
+    }
+
+
+def test_wmdp_by_its_groups_name_gives_a_row_for_each_task_and_the_group(
+    model: Path, tmp_path: Path, data: Path
+) -> None:
+    rows, notes = run(model, tmp_path, locator=wmdp(data), tasks=("wmdp",))
+    assert {row.task: row.n for row in rows} == {"wmdp_bio": 4, "wmdp_chem": 6, "wmdp_cyber": 8, "wmdp": 18}
+    assert {(row.metric, row.better) for row in rows} == {("acc", "higher")}
+    accuracy = {row.task: row.value for row in rows}
+    right = 4 * accuracy["wmdp_bio"] + 6 * accuracy["wmdp_chem"] + 8 * accuracy["wmdp_cyber"]
+    assert accuracy["wmdp"] == pytest.approx(right / 18)
+    assert notes["local_data"]["wmdp_bio"] == "wmdp/wmdp-bio/test.jsonl"
+
+
+def test_wmdp_is_scored_as_lm_eval_itself_does(model: Path, tmp_path: Path, data: Path) -> None:
+    rows, _ = run(model, tmp_path, locator=wmdp(data), tasks=("wmdp",))
+    files = {f"wmdp_{name}": data / "wmdp" / f"wmdp-{name}" / "test.jsonl" for name in SUBJECTS}
+    found = {row.task: (row.value, row.stderr) for row in rows if row.task != "wmdp"}
+    assert found == lm_evals_own(model, tmp_path, "wmdp", files)
+
+
+def test_mmlu_reads_the_local_copy_as_lm_eval_itself_does(model: Path, tmp_path: Path, data: Path) -> None:
+    """Rows chosen by their subject here, given as files of their own there; groups weighted by questions."""
+    subjects = {"anatomy": 5, "virology": 3}
+    rows = [
+        SCHEMAS["cais/mmlu"](i) | {"question": f"{subject} {i}?", "subject": subject}
+        for subject, count in subjects.items()
+        for i in range(count)
+    ]
+    for split in ("dev", "test"):
+        lines(data / "mmlu" / f"{split}.jsonl", rows)
+    tasks = tuple(f"mmlu_{subject}" for subject in subjects)
+    found, _ = run(model, tmp_path, locator=Locator(data), tasks=tasks)
+    files = {f"mmlu_{subject}": tmp_path / f"{subject}.jsonl" for subject in subjects}
+    for subject in subjects:
+        lines(files[f"mmlu_{subject}"], [row for row in rows if row["subject"] == subject])
+    assert {row.task: (row.value, row.stderr) for row in found} == lm_evals_own(
+        model, tmp_path, "mmlu/default", files
+    )
+
+
+def test_all_of_mmlu_is_read_from_the_real_files(model: Path, tmp_path: Path, shared_data: Path) -> None:
+    rows, notes = run(model, tmp_path, locator=Locator(shared_data), tasks=("mmlu",), limit=1)
+    found = {row.task.removesuffix(" limit=1"): row.n for row in rows}
+    groups = {
+        "mmlu": 57,
+        "mmlu_stem": 19,
+        "mmlu_other": 13,
+        "mmlu_social_sciences": 12,
+        "mmlu_humanities": 13,
+    }
+    assert {name: found.pop(name) for name in groups} == groups
+    assert len(found) == 57
+    assert set(found.values()) == {1}
+    said = "mmlu/test.jsonl.gz, mmlu/dev.jsonl.gz; rows chosen by their subject column"
+    assert set(notes["local_data"].values()) == {said}
+
+
+def test_the_hubs_own_file_names_are_taken(model: Path, tmp_path: Path, data: Path) -> None:
+    locator = wmdp(data, "bio", file="test-00000-of-00001.jsonl")
+    rows, _ = run(model, tmp_path, locator=locator, tasks=("wmdp_bio",))
+    assert [(row.task, row.n) for row in rows] == [("wmdp_bio", 4)]
+
+
+def test_a_wmdp_task_is_known_by_its_own_file_and_the_group_by_all(data: Path) -> None:
+    evaluation = catalogue().evaluation("lm_eval").load()
+    locator = wmdp(data, "bio", "chem")
+
+    def asked(*tasks: str) -> tuple[tuple[str, ...], bool]:
+        return evaluation.datasets(Config(tasks=tasks), locator), evaluation.needs_hub(
+            Config(tasks=tasks), locator
+        )
+
+    bio, chem = (f"wmdp/wmdp-{name}/test.jsonl" for name in ("bio", "chem"))
+    assert asked("wmdp_bio") == ((bio,), False)
+    assert asked("wmdp_cyber") == ((), True)
+    assert asked("wmdp") == ((bio, chem), True)
+    wmdp(data, "cyber")
+    assert asked("wmdp") == ((bio, chem, "wmdp/wmdp-cyber/test.jsonl"), False)
+
+
+def test_fetching_wmdp_asks_the_hub_for_each_of_its_sets(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    """What is not below the data folder is loaded by name, as the networked rule needs it."""
+    import datasets
+
+    asked = []
+
+    def load(path: str, name: str | None = None, **_: Any) -> Any:
+        asked.append((path, name))
+        return datasets.DatasetDict(
+            {"test": datasets.Dataset.from_list([SCHEMAS["wmdp"](i) for i in range(4)])}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    evaluation = catalogue().evaluation("lm_eval").load()
+    evaluation.fetch(Config(tasks=("wmdp",)), wmdp(data, "bio"))
+    assert asked == [("cais/wmdp", "wmdp-chem"), ("cais/wmdp", "wmdp-cyber")]
+
+
+def test_a_question_that_could_never_be_answered_is_refused(model: Path, tmp_path: Path, data: Path) -> None:
+    locator = wmdp(data, "bio")
+    for wrong in ({"answer": 4}, {"answer": "B"}, {"choices": ["a", "b"]}, {"question": None}):
+        lines(data / "wmdp" / "wmdp-bio" / "test.jsonl", [SCHEMAS["wmdp"](0), SCHEMAS["wmdp"](1) | wrong])
+        with pytest.raises(
+            AssayError, match=r"row 1 of wmdp-bio must have a text 'question', four 'choices' and"
+        ):
+            run(model, tmp_path, locator=locator, tasks=("wmdp_bio",))
+
+
+def test_a_subject_without_rows_is_refused(model: Path, tmp_path: Path, data: Path) -> None:
+    for split in ("dev", "test"):
+        lines(data / "mmlu" / f"{split}.jsonl", [SCHEMAS["cais/mmlu"](0) | {"subject": "anatomy"}])
+    with pytest.raises(
+        AssayError, match=r"mmlu/test\.jsonl in the data folder has no rows for the task mmlu_virology"
+    ):
+        run(model, tmp_path, locator=Locator(data), tasks=("mmlu_virology",))
+
+
+def test_wmdp_and_mmlu_are_asked_without_the_chat_template_unless_it_is_wanted(
+    tmp_path: Path, data: Path
+) -> None:
+    chat = save(tmp_path / "chat", style=Style(prompt="chat"))
+    plain = save(tmp_path / "plain")
+    tasks, locator = ("authors_forget", "wmdp_bio"), wmdp(data, "bio")
+    rows, notes = run(chat, tmp_path / "a", tasks=tasks, limit=3, locator=locator)
+    assert {row.task for row in rows} == {"wmdp_bio limit=3", "authors_forget chat limit=3"}
+    _, bare = run(plain, tmp_path / "b", tasks=tasks, limit=3, locator=locator)
+    hashes = notes["task_hashes"], bare["task_hashes"]
+    assert hashes[0]["wmdp_bio"] == hashes[1]["wmdp_bio"]
+    assert hashes[0]["authors_forget"] != hashes[1]["authors_forget"]
+    kept = json.loads((tmp_path / "a" / "lm_eval.json").read_text(encoding="utf-8"))
+    assert set(kept["results"]) == set(kept["configs"]) == set(tasks)
+    for wanted, said in ((True, "chat"), (False, "chat=false")):
+        rows, found = run(chat, tmp_path / said, tasks=tasks, limit=3, chat=wanted, locator=locator)
+        assert {row.task for row in rows} == {f"{task} {said} limit=3" for task in tasks}
+        assert (found["task_hashes"]["wmdp_bio"] == hashes[0]["wmdp_bio"]) is not wanted
+    with pytest.raises(AssayError, match="needs a tokenizer with a chat template"):
+        run(plain, tmp_path / "c", tasks=("wmdp_bio",), chat=True, locator=locator)
 
 
 def test_two_local_files_for_one_split_are_refused(model: Path, tmp_path: Path, data: Path) -> None:

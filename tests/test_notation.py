@@ -32,9 +32,16 @@ def test_components_references_and_texts_are_told_apart() -> None:
 def test_pins_name_a_member_a_seed_and_a_step() -> None:
     assert parse_name("pruned[sparsity=0.5]@0") == Name("pruned", (("sparsity", 0.5),), 0)
     assert parse_name("direct@step40") == Name("direct", (), None, 40)
+    assert parse_name("direct@steps") == Name("direct", steps=True)
     assert parse('x > a.b(tasks=["p[q]", "r"], c=pruned[stage="a.b"])').stages[0] == Call(
         "a.b", (("tasks", ("p[q]", "r")), ("c", Name("pruned", (("stage", "a.b"),))))
     )
+
+
+@pytest.mark.parametrize("step", ["@step40", "@steps"])
+def test_seed_and_step_are_read_in_either_order_and_written_seed_first(step: str) -> None:
+    one, other = parse_name(f"pruned[sparsity=0.5]@0{step}"), parse_name(f"pruned[sparsity=0.5]{step}@0")
+    assert one == other and format_value(one) == f"pruned[sparsity=0.5]@0{step}"
 
 
 def test_several_sweeps_multiply_with_the_last_running_fastest() -> None:
@@ -55,6 +62,13 @@ def test_stages_and_components_can_be_swept() -> None:
     ]
     inner = expand(parse("t > a.b(optimizer=adamw(learning_rate={0.1, 0.2}))"))
     assert [assignment for assignment, _ in inner] == [(("learning_rate", 0.1),), (("learning_rate", 0.2),)]
+
+
+def test_a_stage_of_a_sweep_may_have_sweeps_of_its_own() -> None:
+    members = expand(parse("t > {unlearn.npo(alpha={1, 5}), unlearn.satimp} > c.d(x={2, 3})"))
+    found = [format_value(chain.stages[0]) for _, chain in members]
+    assert found == [*["unlearn.npo(alpha=1)"] * 2, *["unlearn.npo(alpha=5)"] * 2, *["unlearn.satimp"] * 2]
+    assert dict(members[0][0])["stage"] == Call("unlearn.npo", (("alpha", 1),))
 
 
 def test_two_sweeps_of_one_option_name_keep_apart() -> None:
@@ -90,6 +104,9 @@ def test_two_sweeps_of_one_option_name_keep_apart() -> None:
         ("a > b.c(x=-'y')", "before a number"),
         ("a@b > c.d", "'@' is followed by"),
         ("a@1.5 > c.d", "'@' is followed by"),
+        ("a@stepone > c.d", "'@' is followed by"),
+        ("a@1@2 > c.d", "the seed is given twice"),
+        ("a@step1@steps > c.d", "the step is given twice"),
         ("a > b.c; import os", "cannot be read"),
         ("a" * 4001, "4000 characters"),
         ("(" * 250 + "a" + ")" * 250, "nested"),

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from methods.data import Locator
+from methods.find import catalogue
+from methods.stage import AssayError
+from tests.toy import experiments as toy
 from workflows import code, plan
-from workflows.plan import Plan
+from workflows.experiment import Evaluation
+from workflows.plan import Plan, Point
 from workflows.record import Store, canonical, digest, read_job, write_atomic
 
 BASE = "base: {new: llama, hidden: 16, layers: 1, heads: 2, mlp: 16}"
@@ -199,3 +206,302 @@ def test_a_shipped_experiment_plans(experiment: str, tmp_path: Path) -> None:
     full = plan.load({"experiment": experiment, "results": str(tmp_path)})
     shared = set(full.jobs) & set(built.jobs)
     assert {full.jobs[job_id].method for job_id in shared} <= {"model.new"}
+
+
+# --- what other stages wrote ----------------------------------------------------------------------------------
+
+KEPT = 'target > unlearn.grad_ascent(forget="authors/forget01", steps=6, batch=4, checkpoints=[4, 2])'
+PARTS = {
+    "target": TRAIN,
+    "sums": "target > curvature.measured",
+    "rows": "data.noted",
+    "seen": "target > data.noted",
+    "moved": "target > unlearn.moved(sums=sums, rows=seen)",
+    "further": "moved > unlearn.moved(times=0.01)",
+    "direct": KEPT,
+}
+
+
+def toy_plan(
+    folder: Path, chains: dict[str, str], evaluate: dict[str, str] | None = None, **config: object
+) -> Plan:
+    """A plan with the toy methods and one seed."""
+    return toy.planned(toy.write(folder / "toy.yaml", chains, evaluate), folder / "results", **config)
+
+
+def points_of(built: Plan) -> dict[str, Point]:
+    return {point.chain: point for point in built.points}
+
+
+def test_an_option_reads_the_part_of_another_result_that_its_type_says(tmp_path: Path) -> None:
+    built = toy_plan(tmp_path, PARTS)
+    points = points_of(built)
+    job = points["moved"].job
+    assert job is not None
+    assert {name: parent.part for name, parent in job.parents.items()} == {
+        "model": "model", "sums": "files", "rows": "data",
+    }  # fmt: skip
+    assert job.parents["sums"].id == points["sums"].parent.id
+    assert (
+        built.store.parent_folder(job.parents["rows"])
+        == built.store.result(points["seen"].parent.id) / "data"
+    )
+    further = points["further"].job
+    assert further is not None and further.parents["model"].part == "model"
+    assert points["rows"].base == "data.noted" and points["rows"].shown_seed is None
+
+
+def test_a_reader_of_files_does_not_have_a_removed_model_made_again(tmp_path: Path) -> None:
+    chains = {"target": TRAIN, "moved": "target > unlearn.moved"}
+    built = toy_plan(tmp_path, chains)
+    for job_id in built.jobs:
+        write_atomic(built.store.record(job_id), "{}")
+    (built.store.result(toy.job_of(built, "moved")) / "files").mkdir()
+    sums = {"again": "moved > prune.magnitude(sparsity=0.5)"}
+    assert len(toy_plan(tmp_path, chains | sums).missing) == 4
+    # a stage that reads nothing but the files: everything that was made before stays as it is
+    reader = {"reader": "data.reader(files=moved)"}
+    methods = tmp_path / "methods" / "data"
+    methods.mkdir(parents=True)
+    (methods / "reader.py").write_text(READER)
+    shutil.copytree(toy.METHODS / "unlearn", tmp_path / "methods" / "unlearn")
+    path = toy.write(tmp_path / "toy.yaml", chains | reader)
+    again = toy.planned(path, tmp_path / "results", tmp_path / "methods")
+    assert [job.method for job in again.missing.values()] == ["data.reader"]
+
+
+READER = '''"""Reads files. Source: none, invented for tests."""
+
+from dataclasses import dataclass
+
+from methods.stage import Files
+
+SEEDED = False
+RESULT = "data"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which."""
+
+    # what is read
+    files: Files
+'''
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "target > unlearn.moved(sums=direct)",
+            "sums=direct reads files/, but direct ends in unlearn.grad_ascent, which writes model/ only; the option "
+            "takes a chain such as target > ",
+        ),
+        ("target > unlearn.moved(sums=base)", "sums=base reads files/, but base ends in model.new"),
+        ("target > unlearn.moved(sums=direct@step2)", "reads files/, but direct@step2 is model/ only"),
+        ("target > unlearn.moved(sums=rows)", "but rows ends in data.noted, which writes data/ only"),
+        ("target > unlearn.moved(rows=moved)", "writes model/ and files/ only"),
+        ("target > unlearn.moved(sums='sums')", "write sums=sums, without quotes"),
+        ("target > unlearn.moved(sums=3)", "this option takes the name of a chain that writes files/"),
+        ("target > unlearn.moved(sums=measured())", "sums takes no component"),
+        ("target > distill.forward_kl(teacher=sums)", "teacher=sums reads model/, but sums ends in curvature.measured"),
+        ("sums > prune.magnitude(sparsity=0.5)", "but curvature.measured before it writes files/ only"),
+        ("target > curvature.measured > unlearn.moved", "give its name to an option that reads files/"),
+        ("seen > unlearn.moved", "but data.noted before it writes data/ only"),
+        ("curvature.measured", "needs a model to start from: write base > curvature.measured"),
+        ("direct@steps > prune.magnitude(sparsity=0.5)", "direct@steps means several models, which only of:"),
+        ("target > distill.forward_kl(teacher=direct@steps)", "write direct@step40 for one of them"),
+        ("base@step3 > prune.magnitude(sparsity=0.5)", "base keeps no model at step 3"),
+        ("target > unlearn.moved(times=3.0)", "toy.yaml, line 13: chain odd: unlearn.moved: times=3.0 moves too far"),
+        (
+            'target > unlearn.grad_diff(forget="authors/forget01", retain="authors/full", steps=2)',
+            "toy.yaml, line 13: chain odd: unlearn.grad_diff: retain='authors/full' holds",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_handed_over_is_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    odd = '"' in text
+    with pytest.raises(AssayError) as caught:
+        toy_plan(tmp_path, PARTS | {"odd": text if odd else text.replace("'", '"')})
+    assert sentence in str(caught.value), str(caught.value)
+
+
+def test_a_data_stage_may_say_that_it_needs_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = toy_plan(tmp_path, PARTS)
+    module = catalogue((toy.METHODS,)).method("data.noted").load()
+    monkeypatch.setattr(module, "NEEDS_MODEL", True, raising=False)
+    with pytest.raises(AssayError, match=r"data\.noted needs a model to start from"):
+        plan.build(built.experiment, built.settings)
+
+
+def test_a_result_of_no_kind_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = toy_plan(tmp_path, PARTS)
+    module = catalogue((toy.METHODS,)).method("data.noted").load()
+    monkeypatch.setattr(module, "RESULT", "rows")
+    with pytest.raises(AssayError, match=r"RESULT='rows'; it is made of model, data, files"):
+        plan.build(built.experiment, built.settings)
+
+
+# --- checks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_config_is_checked_once_whatever_the_seeds_and_not_at_smoke_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = toy_plan(tmp_path, PARTS)
+    asked: list[float] = []
+    module = catalogue((toy.METHODS,)).method("unlearn.moved").load()
+    monkeypatch.setattr(module, "check", lambda config, data: asked.append(config.times))
+    experiment = built.experiment.model_copy(update={"seeds": [0, 1, 2]})
+    plan.build(experiment, built.settings)
+    assert asked == [0.001, 0.01]
+    plan.build(experiment, replace(built.settings, scale="smoke"))
+    assert len(asked) == 2
+
+
+def test_an_evaluation_is_checked_as_a_method_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = toy_plan(tmp_path, PARTS, {"drawn": "draws(number=7)"})
+    module = catalogue((toy.METHODS,)).evaluation("draws").load()
+    asked: list[int] = []
+
+    def check(config: Any, data: Locator) -> None:
+        asked.append(config.number)
+        raise AssayError(f"number={config.number} is too high; give at most 3.")
+
+    monkeypatch.setattr(module, "check", check, raising=False)
+    with pytest.raises(AssayError, match=r"line 14: evaluate drawn: draws: number=7 is too high"):
+        plan.build(built.experiment, built.settings)
+    assert asked == [7]
+    plan.build(built.experiment, replace(built.settings, scale="smoke"))
+    assert asked == [7]
+
+
+def test_a_check_reads_a_data_set_once_and_none_from_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    rows = Locator.rows
+    monkeypatch.setattr(Locator, "rows", lambda self, name: (read.append(name), rows(self, name))[1])
+    chains = {"target": TRAIN}
+    for number, name in enumerate(("authors/forget01", "authors/forget01", "tofu/forget10")):
+        chains[f"moved{number}"] = f'target > unlearn.moved(times=0.{number + 1}, data="{name}")'
+    toy_plan(tmp_path, chains)
+    assert read == ["authors/forget01"]
+
+
+# --- trajectories ---------------------------------------------------------------------------------------------
+
+
+def trajectory(built: Plan) -> list[tuple[str, int | None, str]]:
+    """Chain, step and the last stage's method of everything that is scored."""
+    points = [shown.point for shown in built.shown]
+    return [(point.chain, point.step, point.job.method if point.job else "") for point in points]
+
+
+def test_a_trajectory_is_the_end_the_kept_models_and_the_start(tmp_path: Path) -> None:
+    evaluate = {"size": "{run: size, of: [direct@steps, target, direct]}"}
+    built = toy_plan(tmp_path, {"target": TRAIN, "direct": KEPT}, evaluate)
+    assert trajectory(built) == [
+        ("direct", None, "unlearn.grad_ascent"), ("direct", 2, "unlearn.grad_ascent"),
+        ("direct", 4, "unlearn.grad_ascent"), ("target", None, "train.sft"),
+    ]  # fmt: skip
+    end = built.shown[0].point
+    assert [shown.point.parent.shown for shown in built.shown[:3]] == [
+        end.parent.id, f"{end.parent.id}@step2", f"{end.parent.id}@step4",
+    ]  # fmt: skip
+    assert {shown.point.chain_label for shown in built.shown[:3]} == {end.label}
+    assert built.shown[3].job.id == plan.build(
+        built.experiment.model_copy(update={"evaluate": {"size": Evaluation(run="size", of=["target"])}}),
+        built.settings,
+    ).shown[0].job.id  # fmt: skip
+    assert len(built.batches) == 4
+
+
+def test_a_start_without_a_name_is_step_0_of_every_seeds_trajectory(tmp_path: Path) -> None:
+    chains = {"whole": f"{TRAIN} > prune.magnitude(sparsity=0.5) > {KEPT.partition('> ')[2]}"}
+    built = make(tmp_path, chains, "  size: {run: size, of: [whole@steps]}")
+    shown = [
+        (s.point.step, s.point.shown_seed, s.point.job.method if s.point.job else "") for s in built.shown
+    ]
+    for seed in (0, 1):
+        assert (None, seed, "unlearn.grad_ascent") in shown and (4, seed, "unlearn.grad_ascent") in shown
+        assert (0, seed, "prune.magnitude") in shown
+    assert {shown.point.chain for shown in built.shown} == {"whole"} and len(shown) == 8
+
+
+def test_trajectories_of_one_start_score_it_once_each_in_its_own_name(tmp_path: Path) -> None:
+    chains = {
+        "target": TRAIN,
+        "family": KEPT.replace("steps=6", "steps={6, 8}"),
+        "later": KEPT.replace("target >", "direct@step2 >"),
+        "direct": KEPT,
+        "alias": "direct",
+    }
+    evaluate = "  size: {run: size, of: ['family@0@steps', later@0@steps, alias@steps@0]}"
+    built = make(tmp_path, chains, evaluate)
+    assert trajectory(built) == [
+        *[("family[steps=6]", step, "unlearn.grad_ascent") for step in (None, 2, 4)],
+        ("target", None, "train.sft"),
+        *[("family[steps=8]", step, "unlearn.grad_ascent") for step in (None, 2, 4)],
+        *[("later", step, "unlearn.grad_ascent") for step in (None, 2, 4)],
+        ("direct", 2, "unlearn.grad_ascent"),
+        *[("alias", step, "unlearn.grad_ascent") for step in (None, 2, 4)],
+    ]
+    assert {shown.point.seed for shown in built.shown} == {0}
+    start = next(s.point for s in built.shown if s.point.chain == "direct")
+    assert start.parent.shown.endswith("@step2") and start.parent.id == toy.job_of(built, "direct")
+
+
+@pytest.mark.parametrize(
+    ("of", "sentence"),
+    [
+        (
+            "target@steps",
+            "target keeps no models on its way; give its last stage, train.sft, checkpoints=[...]",
+        ),
+        (
+            "half@steps",
+            "prune.magnitude, the last stage of half, has no steps at which it could keep a model",
+        ),
+        ("base@steps", "base is one model, with none on the way to it"),
+        ("copy@steps", "copy is one model, with none on the way to it"),
+        ("direct@step3", "direct keeps no model at step 3; give its last stage checkpoints=[3]"),
+        ("direct@steps@step2", "the step is given twice"),
+        ("direct@0@0", "the seed is given twice"),
+        ("direct@all", "a seed (retained@0), a step (direct@step40) or steps (direct@steps)"),
+        ("direct@7@steps", "the experiment has no seed 7"),
+        ("sums", "sums: curvature.measured at its end writes files/ and no model: there is nothing to score"),
+    ],
+)
+def test_what_cannot_be_scored_is_a_sentence(tmp_path: Path, of: str, sentence: str) -> None:
+    more = {"half": "target > prune.magnitude(sparsity=0.5)", "copy": "direct@step2"}
+    with pytest.raises(AssayError) as caught:
+        toy_plan(tmp_path, PARTS | more, {"size": f"{{run: size, of: ['{of}']}}"})
+    assert sentence in str(caught.value) and "toy.yaml, line 16" in str(caught.value)
+
+
+def test_without_of_every_chain_that_ends_in_a_model_is_scored(tmp_path: Path) -> None:
+    built = toy_plan(tmp_path, PARTS, {"size": "size"})
+    assert [chain for chain, _, _ in trajectory(built)] == ["target", "moved", "further", "direct"]
+    assert {point.chain for point in built.points} == set(PARTS)
+    assert {"curvature.measured", "data.noted"} <= {job.method for job in built.missing.values()}
+
+
+def test_steps_that_two_chains_ask_of_one_job_are_all_kept(tmp_path: Path) -> None:
+    chains = {"target": TRAIN, "plain": KEPT.replace(", checkpoints=[4, 2]", ""), "direct": KEPT,
+              "other": KEPT.replace("[4, 2]", "[5]")}  # fmt: skip
+    built = toy_plan(tmp_path, chains, {"size": "{run: size, of: [other@steps]}"})
+    assert [step for _, step, _ in trajectory(built)] == [None, 2, 4, 5, None]
+    assert len(ids(built, "unlearn.grad_ascent")) == 1
+    assert built.jobs[ids(built, "unlearn.grad_ascent")[0]].config["checkpoints"] == [2, 4, 5]
+
+
+def test_at_smoke_scale_a_trajectory_has_its_first_step(tmp_path: Path) -> None:
+    chains = PARTS | {"early": "direct@step4 > prune.magnitude(sparsity=0.5)"}
+    evaluate = {"size": "{run: size, of: [direct@steps, direct@step4]}"}
+    built = toy_plan(tmp_path, chains, evaluate, scale="smoke")
+    assert [step for _, step, _ in trajectory(built)] == [None, 1, None]
+    early = points_of(built)["early"].job
+    assert early is not None and early.parents["model"].step == 1
+    with pytest.raises(AssayError, match="target keeps no models on its way"):
+        toy_plan(tmp_path, chains, {"size": "{run: size, of: [target@steps]}"}, scale="smoke")

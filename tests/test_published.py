@@ -33,9 +33,11 @@ def test_published_tables_and_verdicts_are_drawn_from_the_published_numbers(
 @pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
 def test_published_numbers_are_whole(folder: Path) -> None:
     rows = pd.read_csv(folder / "results.csv", keep_default_na=False)
-    assert tuple(rows.columns) == RESULT_COLUMNS
+    # a run of the time before trajectories has no step: all its rows are of ends
+    assert tuple(rows.columns) in (RESULT_COLUMNS, tuple(name for name in RESULT_COLUMNS if name != "step"))
     assert set(rows["status"]) == {"ok"}
     jobs = pd.read_csv(folder / "jobs.csv", keep_default_na=False)
     assert set(jobs["status"]) == {"ok"}
-    assert set(rows["model_id"]) - set(jobs["id"]) <= {name for name in rows["model_id"] if "folder" in name}
+    models = {name.partition("@")[0] for name in rows["model_id"]}
+    assert models - set(jobs["id"]) <= {name for name in models if "folder" in name}
     assert not (jobs["dirty"].astype(str) == "True").any()

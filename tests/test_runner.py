@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
-from methods.find import catalogue
+from methods.data import read_rows
+from methods.find import catalogue, using
 from methods.stage import AssayError
 from tests.toy import experiments as toy
 from workflows import clean, job, promises, runner, show
+from workflows.account import Account
 from workflows.plan import Plan
 from workflows.record import ParentRef, Store, open_result, read_failure, read_record
 
@@ -135,7 +137,8 @@ def test_a_result_is_waited_for_until_its_files_are_there(results: Path, tmp_pat
 @pytest.mark.parametrize(
     ("way", "reason", "sentence"),
     [
-        ("nothing", "error", "wrote neither model/ nor data/ nor files/"),
+        ("nothing", "error", "wrote no model/, which its RESULT promises"),
+        ("more", "error", "wrote files/, which its RESULT does not name"),
         ("not_finite", "not finite", "a weight that is not finite"),
         ("fills_zeros", "error", r"filled \d+ zeros of model\..*keep_zeros=False"),
         ("pickle", "error", r"pytorch_model\.bin is a pickle"),
@@ -202,7 +205,7 @@ def test_a_parent_that_is_gone_is_a_sentence(
 ) -> None:
     built, job_id = with_chain(tmp_path, results, "target > prune.magnitude(sparsity=0.125)")
     monkeypatch.setattr(
-        runner, "open_result", lambda store, name: open_result(store, name, patience_seconds=0.1)
+        runner, "open_result", lambda store, name, part: open_result(store, name, part, patience_seconds=0.1)
     )
     aside = tmp_path / "aside"
     os.rename(results / "stages" / toy.job_of(built, "target"), aside)
@@ -281,7 +284,11 @@ def test_a_job_that_is_asked_to_stop_saves_its_state_and_goes_on_from_there(
     found = toy.record(results, job_id)
     assert found.attempts == 2 and 0 < found.resumed_from_step < 40
     assert len(found.energy_attempts) == 2
-    assert found.energy["total_kwh"] > found.energy_attempts[0]["total_kwh"] > 0
+    first = found.energy_attempts[0]
+    assert found.energy["total_kwh"] > first["total_kwh"] > 0
+    spent = found.notes["spent_at_step"]["40"]
+    assert first["total_kwh"] < spent["kwh"] <= found.energy["total_kwh"]
+    assert first["seconds"] < spent["seconds"] <= found.seconds_inside < found.energy["seconds"] + 0.1
     fresh = toy.planned(tmp_path / "toy.yaml", tmp_path / "fresh")
     shutil.copytree(results / "stages", tmp_path / "fresh" / "stages", ignore=lambda *_: [job_id])
     toy.run(fresh, [job_id])
@@ -393,17 +400,151 @@ def test_a_step_asked_for_later_is_kept_without_touching_the_record(own: Path, t
     job_id = toy.job_of(built, "target")
     record = store.record(job_id)
     before = (record.stat().st_ino, record.read_bytes())
+    assert store.spent_at_step(read_record(record)) == {}
     assert job_id in built.missing and not (record.parent / "model@2").exists()
     toy.run(built)
     assert (record.parent / "model@2" / "model.safetensors").is_file()
     assert (record.stat().st_ino, record.read_bytes()) == before
+    spent = store.spent_at_step(read_record(record))
+    assert set(spent) == {"2"} and spent["2"]["kwh"] > 0 and spent["2"]["seconds"] > 0
     assert not toy.planned(tmp_path / "toy.yaml", own).missing
 
 
 def test_a_model_of_an_earlier_step_is_a_parent_of_its_own(results: Path) -> None:
     store = Store(results)
     assert store.parent_folder(ParentRef(id="train.sft-000000000000", step=4)).name == "model@4"
+    assert store.parent_folder(ParentRef(id="train.sft-000000000000", kind="files")).name == "files"
     assert store.parent_folder(ParentRef(id="x", path="/somewhere")) == Path("/somewhere")
+
+
+# --- several parts --------------------------------------------------------------------------------------------------
+
+PARTS = CHAINS | {
+    "sums": "target > curvature.measured",
+    "rows": 'data.noted(data="authors/forget01[0:3]")',
+    "seen": "pruned > data.noted",
+    "moved": "target > unlearn.moved(sums=sums, rows=seen)",
+}
+
+
+@pytest.fixture(scope="module")
+def parted(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """A stage of model and files that has read another's files and a third one's data."""
+    folder = tmp_path_factory.mktemp("parts")
+    shutil.copytree(results, folder / "results")
+    built = toy.planned(toy.write(folder / "toy.yaml", PARTS), folder / "results")
+    toy.run(built)
+    return built
+
+
+def test_a_stage_gets_the_files_and_data_of_others(parted: Plan) -> None:
+    folders = {chain: parted.store.result(toy.job_of(parted, chain)) for chain in PARTS}
+    rows = {chain: read_rows(folders[chain] / "data") for chain in ("rows", "seen")}
+    assert [row["weights"] for row in rows["rows"]] == [0, 0, 0]
+    assert all(row["weights"] > 1000 for row in rows["seen"])
+    sums = json.loads((folders["sums"] / "files" / "sums.json").read_text())
+    moved = json.loads((folders["moved"] / "files" / "moved.json").read_text())
+    assert moved["far"] == 0.001 * (1 + sums["model.norm.weight"] + 3)
+    found = toy.record(parted.store.root, folders["moved"].name)
+    assert {entry.path.partition("/")[0] for entry in found.files} == {"model", "files"}
+    assert found.auto_class and not toy.record(parted.store.root, folders["sums"].name).auto_class
+    assert "sums=curvature.measured-" in (page := show.describe(parted.store, found.id)) and "/files" in page
+    assert not toy.planned(parted.store.root.parent / "toy.yaml", parted.store.root).missing
+
+
+def test_cleaning_takes_models_only_and_each_part_is_done_by_itself(
+    parted: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(parted.store.root, tmp_path / "own")
+    experiment, own = toy.write(tmp_path / "toy.yaml", PARTS), tmp_path / "own"
+    words = [str(experiment), f"results={own}", f"methods={toy.METHODS}", "--yes"]
+    assert clean.main(words) == 0 and "4 folders" in capsys.readouterr().out
+    store, moved = Store(own), toy.job_of(parted, "moved")
+    folders = [store.result(toy.job_of(parted, chain)) for chain in PARTS]
+    kept = {path: path.stat().st_ino for folder in folders for path in folder.glob("*/*.json*")}
+    assert sorted({path.parent.name for path in kept}) == ["data", "files"] and len(kept) == 4
+    assert not store.is_whole(moved) and store.is_whole(toy.job_of(parted, "sums"))
+    # a reader of the files alone takes what is there; open_result does not wait for the model
+    open_result(store, moved, "files", patience_seconds=0)
+    with pytest.raises(AssayError, match="is missing"):
+        open_result(store, moved, patience_seconds=0)
+    reading = toy.planned(toy.write(experiment, PARTS | {"more": "moved > unlearn.moved"}), own)
+    # its own model is wanted; what it is made from are the target's model and the files and data that stayed
+    assert [job.method for job in reading.missing.values()] == [
+        "model.new", "train.sft", "unlearn.moved", "unlearn.moved",
+    ]  # fmt: skip
+    assert clean.removable(reading) == []
+    toy.run(reading)
+    assert store.is_whole(moved)
+    assert {path: path.stat().st_ino for path in kept} == kept
+
+
+def test_files_that_come_out_different_are_not_put_beside_the_old_ones(parted: Plan, tmp_path: Path) -> None:
+    shutil.copytree(parted.store.root, tmp_path / "own")
+    built = toy.planned(toy.write(tmp_path / "toy.yaml", PARTS), tmp_path / "own")
+    job_id = toy.job_of(built, "moved")
+    path = built.store.record(job_id)
+    shutil.rmtree(path.parent / "model")
+    found = json.loads(path.read_text())
+    for entry in found["files"]:
+        if entry["path"].startswith("files/"):
+            entry["sha256"] = "0" * 64
+    path.write_text(json.dumps(found))
+    with pytest.raises(AssayError, match=r"files/moved\.json came out different from what"):
+        toy.run(built, [job_id])
+
+
+@pytest.mark.parametrize(
+    ("chain", "name", "sentence"),
+    [
+        ("sums", "files/weights.pt", r"curvature\.measured wrote a pickle, files/weights\.pt"),
+        ("sums", "files/elsewhere", r"wrote a link, files/elsewhere"),
+        ("seen", "data/rows.jsonl", r"holds no rows of a data stage"),
+    ],
+)
+def test_files_and_data_are_of_kinds_that_can_be_read_safely(
+    parted: Plan, tmp_path: Path, chain: str, name: str, sentence: str
+) -> None:
+    job_id = toy.job_of(parted, chain)
+    shutil.copytree(parted.store.result(job_id), tmp_path / "result")
+    spoilt = tmp_path / "result" / name
+    if name.endswith("elsewhere"):
+        spoilt.symlink_to("/etc/hostname")
+    else:
+        spoilt.write_text("{")
+    with using((toy.METHODS,)), pytest.raises(AssayError, match=sentence):
+        promises.check(parted.store, parted.jobs[job_id], tmp_path / "result")
+
+
+# --- what it has spent ----------------------------------------------------------------------------------------------
+
+
+def test_what_a_kept_step_had_cost_is_noted_while_the_job_runs(results: Path, tmp_path: Path) -> None:
+    text = TRAIN.replace("batch=4", "batch=8, checkpoints=[2, 5]")
+    built, job_id = with_chain(tmp_path, results, text)
+    toy.run(built, [job_id])
+    found = toy.record(results, job_id)
+    early, late = (found.notes["spent_at_step"][step] for step in ("2", "5"))
+    assert 0 < early["kwh"] <= late["kwh"] <= found.energy["total_kwh"]
+    assert 0 < early["seconds"] < late["seconds"] < found.seconds_inside
+
+
+class _Meter:
+    """A meter that cannot be read."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def running(self) -> dict[str, Any]:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyError("energy"), OSError("no counter"), AssayError("no counter")])
+def test_energy_that_cannot_be_read_is_a_sentence_for_the_method(tmp_path: Path, error: Exception) -> None:
+    account = Account(tmp_path, "FRA")
+    account.meter = _Meter(error)
+    with pytest.raises(AssayError, match=r"cannot be read: 'energy'|no counter"):
+        account.spent()
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------

@@ -238,7 +238,7 @@ def test_a_failing_job_ends_the_run_with_an_error_and_keeps_the_others_going(gro
 def test_the_report_of_a_failing_run_says_what_failed_and_what_is_missing(grown: Grown) -> None:
     status = {(row["chain"], row["entry"]): row["status"] for row in grown.run.rows}
     assert status["broken", "energy"] == "failed" and status["broken", "size"] == "failed"
-    assert status["behind", "energy"] == "missing" and status["behind", "text"] == "failed"
+    assert status["behind", "energy"] == "failed" and status["behind", "text"] == "failed"
     assert status["healed", "size"] == status["target", "wider"] == "ok"
     assert not any(row["value"] for row in grown.run.rows if row["status"] != "ok")
 
@@ -251,6 +251,57 @@ def test_only_what_is_new_runs(grown: Grown) -> None:
     stages = {toy.job_of(grown.plan, chain) for chain in MORE_CHAINS}
     assert {job_id for job_id in made if not job_id.startswith("evaluate.")} == stages
     assert len(made) == len(stages) * 3 + 1
+
+
+# --- files, data and trajectories -----------------------------------------------------------------------------
+
+PARTED = {
+    "target": TRAIN,
+    "sums": "target > curvature.measured",
+    "rows": "data.noted",
+    "moved": "target > unlearn.moved(sums=sums, rows=rows)",
+    "direct": 'target > unlearn.grad_ascent(forget="authors/forget01", steps=12, batch=4, checkpoints=[4, 8])',
+    "early": "direct@step4 > prune.magnitude(sparsity=0.5)",
+}
+WAYS = {"size": "size", "text": "{run: '" + EVALUATE["text"] + "', of: [direct@steps]}"}
+
+
+@pytest.fixture(scope="module")
+def parted(first: Run, place: Path) -> Run:
+    """Stages that read the files and data of others, and a trajectory, on the results of the first run."""
+    toy.write(place / "parted.yaml", PARTED, WAYS)
+    return call(place / "parted.yaml", first.results, methods=toy.METHODS).remember("parted")
+
+
+def test_files_and_data_go_from_stage_to_stage_and_are_not_scored(parted: Run) -> None:
+    assert parted.code == 0, parted.text
+    assert {row["status"] for row in parted.rows} == {"ok"}
+    scored = {row["chain"] for row in parted.rows if row["entry"] == "size"}
+    assert scored == {"target", "moved", "direct", "early"}
+    assert {row["chain"] for row in parted.rows if row["entry"] == "energy"} == set(PARTED)
+
+
+def test_a_trajectory_is_scored_from_its_start_to_its_end(parted: Run) -> None:
+    rows = [row for row in parted.rows if row["entry"] == "text" and row["metric"] == "nll"]
+    assert [(row["chain"], row["step"]) for row in rows] == [
+        ("direct", ""), ("direct", "4"), ("direct", "8"), ("target", ""),
+    ]  # fmt: skip
+    assert len({row["value"] for row in rows}) == 4
+    spent = {
+        row["step"]: float(row["value"])
+        for row in parted.rows
+        if row["chain"] == "direct" and row["metric"] == "stage_seconds"
+    }
+    assert 0 < spent["4"] < spent["8"] < spent[""]
+
+
+def test_at_smoke_scale_all_of_it_runs_too(place: Path, parted: Run) -> None:
+    smoke = call(place / "parted.yaml", place / "small", methods=toy.METHODS, scale="smoke")
+    assert parted.code == smoke.code == 0, smoke.text
+    smoke.remember("parted_smoke")
+    assert {row["status"] for row in smoke.rows} == {"ok"}
+    rows = [row for row in smoke.rows if row["entry"] == "text" and row["metric"] == "nll"]
+    assert [(row["chain"], row["step"]) for row in rows] == [("direct", ""), ("direct", "1"), ("target", "")]
 
 
 # --- other code, kept for once --------------------------------------------------------------------------------

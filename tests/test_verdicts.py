@@ -9,8 +9,9 @@ import pytest
 
 from tests import invented
 from workflows import chance
-from workflows.curves import lines, value_at_level
-from workflows.measured import Cell, Measured, Sample
+from workflows.columns import Cell, Sample
+from workflows.curves import Line, first_passing, lines, value_at_step
+from workflows.measured import Measured
 from workflows.verdicts import (
     Verdict,
     _differences,
@@ -238,7 +239,42 @@ def test_the_table_has_the_promised_columns(measured: Measured) -> None:
     assert [name for name in frame.columns if name != "item_stderr"] == wanted
 
 
+# --- trajectories -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ways(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    return Measured.read([invented.write_ways(tmp_path_factory.mktemp("ways"), invented.WAYS)])
+
+
+def test_a_claim_may_compare_at_equal_forgetting(ways: Measured) -> None:
+    # at forget NLL 2: late 0.85 + 0.5 / 2.0 * 0.04 = 0.86 and 0.8675, steady 0.71 and 0.72
+    metric = "forget10.model_utility@forget10.forget_nll=2"
+    (row,) = judged(ways, subject="late", other="steady", metric=metric, relation="higher")
+    assert (row.n, row.verdict, row.metric) == (2, "holds here", metric)
+    assert row.mean_difference == pytest.approx((0.15 + 0.1475) / 2)
+    assert "late: level not reached (1)" in row.condition
+    assert "seed 1 has no partner" in row.condition
+
+
+def test_a_claim_about_ends_does_not_see_what_was_kept(ways: Measured) -> None:
+    (row,) = judged(ways, subject="*unlearn.npo*", other="costly", metric="forget10.forget_nll")
+    assert (row.subject, row.n, row.mean_difference) == ("steady", 3, pytest.approx(-2.0))
+
+
+def test_a_claim_may_name_a_kept_model(ways: Measured) -> None:
+    (row,) = judged(
+        ways, subject="costly@step20", other="steady", metric="forget10.forget_nll", relation="within"
+    )
+    assert (row.subject, row.mean_difference, row.verdict) == ("costly@step20", 0.0, "holds here")
+
+
 # --- curves -----------------------------------------------------------------------------------------------
+
+
+def value_at_level(run: dict[str, Line], name: str, at: str, level: float) -> float | None:
+    step = first_passing(run[at], level)
+    return None if step is None else value_at_step(run[name], step)
 
 
 def curve(*points: tuple[float, float, float]) -> Any:

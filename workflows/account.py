@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from methods.stage import AssayError
 from workflows.record import write_atomic
 
 NOTE_SECONDS = 10.0
@@ -26,6 +27,8 @@ class Account:
         earlier = self._read()
         self.history: list[dict[str, Any]] = earlier["history"]
         self.attempts: int = earlier["attempts"] + 1
+        # what earlier attempts took, as far as it was noted
+        self.earlier_seconds: float = self.history[-1]["seconds"] if self.history else 0.0
         self.meter: Any = None
 
     def _read(self) -> dict[str, Any]:
@@ -43,6 +46,24 @@ class Account:
         self.meter = Meter(self.country, tuple(filter(None, visible.split(","))), carried, each=self._note)
         self._write(self.history)
         self.meter.start()
+        self._begun = time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the meter started, and what earlier attempts took."""
+        return self.earlier_seconds + time.monotonic() - self._begun
+
+    def spent(self) -> dict[str, float]:
+        """``kwh`` and ``seconds`` up to now over all attempts; the energy is read now, in a few milliseconds.
+
+        Raises:
+            AssayError: the energy cannot be read.
+        """
+        try:
+            return {"kwh": float(self.meter.running()["total_kwh"]), "seconds": self.seconds()}
+        except AssayError:
+            raise
+        except Exception as error:
+            raise AssayError(f"what the job has spent so far cannot be read: {error}") from error
 
     def _note(self, running: dict[str, Any]) -> None:
         """Every ten seconds the running total is written, so that a kill loses little of what was spent."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import pandas as pd
 
-from workflows.measured import COSTS
 from workflows.reading import read_rows
+from workflows.specs import COSTS
 
-KEYS = ("experiment", "chain", "seed", "evaluation", "entry", "task", "metric")
+KEYS = ("experiment", "chain", "seed", "step", "evaluation", "entry", "task", "metric")
 NOT_COMPARED = (*COSTS, "speed")
 TOLERANCE = 1e-6
 SMALLEST = 1e-12

@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from methods.stage import AssayError
-from workflows.measured import Cell, Column, Measured
-from workflows.tables import unit
+from workflows.columns import Cell, Column
+from workflows.grid import unit
+from workflows.measured import Measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Spec = Mapping[str, Any]
+NARROW_LOGARITHM = 20.0
+"""A logarithmic axis whose ends are closer than this factor gets plain numbers."""
 _DIRECTIONS = {
     "higher": "higher is better",
     "lower": "lower is better",
@@ -57,6 +60,20 @@ def finish(axes: Axes, spec: Spec, x_label: str, y_label: str) -> None:
     axes.set_ylabel(spec.get("y_label", y_label))
     for axis in spec.get("log", ()):
         getattr(axes, f"set_{axis}scale")("log")
+
+
+def plain_logarithms(axes: Axes, spec: Spec) -> None:
+    """Ticks such as 0.5 and 0.8 on a logarithmic axis that spans too little for powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    for name in spec.get("log", ()):
+        axis = getattr(axes, f"{name}axis")
+        low, high = axis.get_view_interval()
+        if 0 < low < high < low * NARROW_LOGARITHM:
+            subs = [1.0, 2.0, 3.0, 5.0] if high > 3 * low else [part / 2 for part in range(2, 20)]
+            axis.set_major_locator(LogLocator(subs=subs))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_locator(NullLocator())
 
 
 def sd_or_zero(cell: Cell) -> float:

@@ -6,7 +6,7 @@ Nothing here loads torch; nothing is written.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,22 @@ from methods.data import Locator
 from methods.find import Catalogue, Found, catalogue, nearest
 from methods.stage import AssayError, Parent
 from workflows import code, notation
-from workflows.experiment import Evaluation, Experiment, ModelSpec, Resources
+from workflows.checks import Checks
+from workflows.experiment import Experiment, ModelSpec, Resources
 from workflows.notation import Assignment, Call, Chain, Choice, Name
-from workflows.options import Resolved, encode_config, resolve
-from workflows.record import Job, ParentRef, digest, file_sha256
+from workflows.options import OptionField, Resolved, encode_config, resolve
+from workflows.parts import example, listed, needs_model, parts_of
+from workflows.record import Job, ParentRef, Part, digest, file_sha256
 from workflows.settings import Settings
 
 
 @dataclass(frozen=True)
 class Point:
-    """One result that a chain's member has for one seed."""
+    """One result that a chain's member has for one seed.
+
+    ``chain`` is empty for a result inside a chain. ``step`` is None at the end of a chain, else on its trajectory: the
+    step of a kept model, or 0 for the model that the last stage started from. ``before`` is that starting point.
+    """
 
     chain: str
     parent: ParentRef
@@ -35,11 +41,38 @@ class Point:
     seed: int
     job: Job | None = None
     swept: Assignment = ()
+    writes: tuple[Part, ...] = ("model",)
+    step: int | None = None
+    before: Point | None = None
 
     @property
     def shown_seed(self) -> int | None:
         """The seed, or None where nothing in the chain used one."""
         return self.seed if self.seeded else None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes it one thing in the tables; a trajectory has its step 0 for every seed."""
+        seed = self.shown_seed if self.step == 0 else None
+        return self.chain, self.parent.id, self.parent.step, self.step, seed
+
+    @property
+    def chain_label(self) -> str:
+        """The label; of a kept model its chain's, as the step is told beside it."""
+        return self.label.removesuffix(f"@step{self.step}") if self.step else self.label
+
+    @property
+    def kept(self) -> list[int]:
+        """The steps at which the last stage keeps its model."""
+        if self.job is None or self.parent.step is not None:
+            return []
+        return sorted(self.job.config.get("checkpoints") or [])
+
+    def at(self, step: int) -> Point:
+        """The model kept at a step, which nothing but a model is kept at."""
+        parent = ParentRef(id=self.parent.id, step=step)
+        return replace(self, parent=parent, label=f"{self.label}@step{step}", recipe=digest([self.recipe, step]),
+                       writes=("model",), step=step)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,16 +102,6 @@ def _as_text(assignment: Assignment) -> Assignment:
     )
 
 
-@dataclass(frozen=True)
-class Shown:
-    """One score of the experiment: which entry, of which point, by which job."""
-
-    entry: str
-    evaluation: str
-    point: Point
-    job: Job
-
-
 class Builder:
     """Resolves chains to jobs; results are kept by (member, seed) so that shared prefixes are resolved once."""
 
@@ -86,6 +109,7 @@ class Builder:
         self.experiment, self.settings = experiment, settings
         self.catalogue: Catalogue = catalogue(settings.methods)
         self.locator = Locator(settings.data, smoke=settings.smoke)
+        self.checks = Checks(settings.data)
         self.jobs: dict[str, Job] = {}
         self._members: dict[str, list[Member]] = {}
         self._points: dict[tuple[str, int], Point] = {}
@@ -106,7 +130,7 @@ class Builder:
         return self._members[chain]
 
     def _expand(self, chain: str) -> Iterator[Member]:
-        with _Place(self.experiment.place("chains", chain)):
+        with Place(self.experiment.place("chains", chain)):
             parsed = notation.parse(self.experiment.chains[chain])
             for assignment, text in notation.expand(parsed):
                 for origin in self._origins(text.first):
@@ -166,7 +190,7 @@ class Builder:
             if member.name in self._open:
                 raise AssayError(f"chain {member.chain} needs its own result: {' > '.join(self._open)}.")
             self._open.append(member.name)
-            with _Place(self.experiment.place("chains", member.chain)):
+            with Place(self.experiment.place("chains", member.chain)):
                 self._points[key] = self._resolve(member, seed)
             self._open.pop()
         return self._points[key]
@@ -180,14 +204,18 @@ class Builder:
         for call in member.text.stages:
             point = self._stage(call, point, member, seed)
         assert point is not None
-        return Point(member.name, point.parent, point.label, point.base, point.recipe, point.seeded, seed,
-                     point.job, _as_text(member.assignment))  # fmt: skip
+        return replace(point, chain=member.name, seed=seed, swept=_as_text(member.assignment), step=None)
 
     def _start(self, first: Name, member: Member, seed: int) -> Point:
         if first.text in self.experiment.models:
-            return self.model_point(first.text, self._seed(first, seed))
+            return self.at_step(self.model_point(first.text, self._seed(first, seed)), first)
         assert member.origin is not None
-        return self._at_step(self.point(member.origin, self._seed(first, seed)), first)
+        return self.at_step(self.point(member.origin, self._seed(first, seed)), first)
+
+    def seeds(self, name: Name) -> list[int]:
+        """All seeds of the experiment, or the one that the name pins."""
+        seeds = self.experiment.seeds
+        return seeds if name.seed is None else [self._seed(name, seeds[0])]
 
     def _seed(self, name: Name, seed: int) -> int:
         if self.settings.smoke:
@@ -199,30 +227,34 @@ class Builder:
             )
         return seed if name.seed is None else name.seed
 
-    def _at_step(self, point: Point, name: Name) -> Point:
+    def at_step(self, point: Point, name: Name) -> Point:
+        """The model that a name means of a chain: the end, or the one kept at a step."""
+        text = notation.format_name(name)
+        if name.steps:
+            raise AssayError(f"{text} means several models, which only of: of an evaluation takes; write "
+                             f"{name.text}@step40 for one of them.")  # fmt: skip
         if name.step is None:
             return point
-        kept = point.job.config.get("checkpoints") or [] if point.job else []
-        if name.step not in kept and not self.settings.smoke:
-            raise AssayError(f"{notation.format_name(name)}: {name.text} keeps no model at step {name.step}; "
-                             f"give its last stage checkpoints=[{name.step}].")  # fmt: skip
-        parent = ParentRef(id=point.parent.id, step=None if self.settings.smoke else name.step)
-        return Point(point.chain, parent, f"{point.label}@step{name.step}", point.base,
-                     digest([point.recipe, name.step]), point.seeded, point.seed, point.job, point.swept)  # fmt: skip
+        # a run of two steps keeps one model, which stands for all of them
+        step = point.kept[0] if self.settings.smoke and point.kept else name.step
+        if step not in point.kept:
+            raise AssayError(f"{text}: {name.text} keeps no model at step {step}; "
+                             f"give its last stage checkpoints=[{step}].")  # fmt: skip
+        return point.at(step)
 
     def reference(self, name: Name, reader: Member | None, seed: int) -> Point:
         """The result a reference means: the same seed of the other chain, unless it is pinned."""
         self._known(name)
         if name.text in self.experiment.models:
-            return self.model_point(name.text, self._seed(name, seed))
-        return self._at_step(self.point(self.member_for(name, reader), self._seed(name, seed)), name)
+            return self.at_step(self.model_point(name.text, self._seed(name, seed)), name)
+        return self.at_step(self.point(self.member_for(name, reader), self._seed(name, seed)), name)
 
     # - models
 
     def model_point(self, name: str, seed: int) -> Point:
         """The starting model ``name``: a job for a new one, a folder for one that exists."""
         if (name, seed) not in self._points:
-            with _Place(self.experiment.place("models", name)):
+            with Place(self.experiment.place("models", name)):
                 self._points[name, seed] = self._model_point(name, self.experiment.models[name], seed)
         return self._points[name, seed]
 
@@ -248,42 +280,71 @@ class Builder:
         )
 
     def _new_model(self, name: str, call: Call, seed: int) -> Point:
-        point = self._stage(call, None, None, seed)
-        return Point(name, point.parent, name, name, point.recipe, point.seeded, seed, point.job)
+        return replace(self._stage(call, None, None, seed), chain=name, label=name, base=name)
 
     # - jobs
 
     def _stage(self, call: Call | Choice, parent: Point | None, member: Member | None, seed: int) -> Point:
         assert isinstance(call, Call)
         found = self.catalogue.method(call.name)
-        if parent is None and found.family not in ("model", "data"):
-            raise AssayError(f"{call.name} needs a model to start from: write base > {call.name}.")
-        resolved, references = self._resolved(call, found, member, seed)
+        self._check_start(found, parent)
+        resolved, references = self.resolved(call, found, member, seed)
         parents = ({} if parent is None else {"model": parent}) | references
-        module = found.load()
-        seeded_here = bool(module.SEEDED)
+        writes = parts_of(found.load())
+        seeded_here = bool(found.load().SEEDED)
         label = resolved.label if parent is None else f"{parent.label} > {resolved.label}"
-        job = self._job(
+        job = self.job(
             "stage", call.name, f"{call.name}-", label, resolved, parents, seed if seeded_here else None
         )
+        self.check(resolved, job)
         seeded = seeded_here or any(point.seeded for point in parents.values())
         base = parent.base if parent else call.name
-        return Point(label, ParentRef(id=job.id), label, base, job.recipe, seeded, seed, job)
+        result = ParentRef(id=job.id, kind=writes[0])
+        return Point("", result, label, base, job.recipe, seeded, seed, job, writes=writes, before=parent)
 
-    def _resolved(
+    def _check_start(self, found: Found, parent: Point | None) -> None:
+        if parent is None and needs_model(found):
+            raise AssayError(f"{found.name} needs a model to start from: write base > {found.name}.")
+        if parent is not None and "model" not in parent.writes:
+            before = parent.job.method if parent.job else parent.label
+            raise AssayError(
+                f"{found.name} starts from a model, but {before} before it writes {listed(parent.writes)} only: end "
+                f"the chain there, and give its name to an option that reads {listed(parent.writes)}."
+            )
+
+    def resolved(
         self, call: Call, found: Found, member: Member | None, seed: int
     ) -> tuple[Resolved, dict[str, Point]]:
+        """A call with its complete config, and the results that its options name."""
         references: dict[str, Point] = {}
 
-        def refer(option: str, name: Name) -> Parent:
-            references[option] = self.reference(name, member, seed)
-            parent = references[option].parent
-            return Parent(parent.id if parent.step is None else f"{parent.id}@step{parent.step}")
+        def refer(option: OptionField, name: Name) -> Parent:
+            point = self._part(call, option, name, self.reference(name, member, seed))
+            references[option.name] = point
+            return Parent(point.parent.shown)
 
-        return resolve(call, found, self.catalogue, refer, self.settings.smoke), references
+        resolved = resolve(call, found, self.catalogue, refer, self.settings.smoke)
+        return resolved, references
 
-    def _job(self, kind: Any, method: str, prefix: str, label: str, resolved: Resolved,
-             parents: dict[str, Point], seed: int | None) -> Job:  # fmt: skip
+    def _part(self, call: Call, option: OptionField, name: Name, point: Point) -> Point:
+        """The result with the part of it that an option reads."""
+        if option.part in point.writes:
+            parent = point.parent.model_copy(update={"kind": option.part})
+            return replace(point, parent=parent)
+        text = notation.format_name(name)
+        ends = (
+            "is"
+            if point.job is None or point.step is not None
+            else f"ends in {point.job.method}, which writes"
+        )
+        raise AssayError(
+            f"{call.name}: {option.name}={text} reads {option.part}/, but {text} {ends} {listed(point.writes)} only; "
+            f"the option takes {example(self.catalogue, option.part)}."
+        )
+
+    def job(self, kind: Any, method: str, prefix: str, label: str, resolved: Resolved,
+            parents: dict[str, Point], seed: int | None) -> Job:  # fmt: skip
+        """The job of a call; the same job where it is asked for again."""
         what = encode_config(resolved.config, how=False)
         content = {name: self.content(name) for name in self._data_sets(resolved)}
         code_digests = code.code_of(resolved.found, resolved.components, self._uses(resolved))
@@ -299,7 +360,13 @@ class Builder:
                 parents={key: point.parent for key, point in parents.items()},
                 resources=self._resources(method), **self._surroundings,
             )  # fmt: skip
+        _keep_too(self.jobs[job_id], getattr(resolved.config, "checkpoints", ()))
         return self.jobs[job_id]
+
+    def check(self, resolved: Resolved, job: Job) -> None:
+        """Let the method or evaluation look at its config and data; stand-ins at smoke scale prove nothing."""
+        if not self.settings.smoke:
+            self.checks.check(resolved.found, resolved.config, job.content)
 
     @cached_property
     def _surroundings(self) -> dict[str, Any]:
@@ -341,69 +408,6 @@ class Builder:
         )
         return {key: value for key, value in chosen.model_dump().items() if value is not None}
 
-    # - scores
-
-    def scores(self, entry: str, evaluation: Evaluation) -> Iterator[Shown]:
-        """The scores of one entry of ``evaluate:``."""
-        with _Place(self.experiment.place("evaluate", entry)):
-            call = notation.parse_call(evaluation.run)
-            if any(isinstance(value, Choice) for _, value in call.options):
-                raise AssayError(
-                    f"{evaluation.run!r}: an evaluation cannot be swept; write one entry for each."
-                )
-            found = self.catalogue.evaluation(call.name)
-            for member, point in self._scored(evaluation):
-                yield self._score(entry, call, found, member, point)
-
-    def _scored(self, evaluation: Evaluation) -> Iterator[tuple[Member | None, Point]]:
-        for text in evaluation.of if evaluation.of is not None else list(self.experiment.chains):
-            name = notation.parse_name(text)
-            self._known(name)
-            seeds = (
-                self.experiment.seeds if name.seed is None else [self._seed(name, self.experiment.seeds[0])]
-            )
-            members: list[Member | None] = (
-                [None] if name.text in self.experiment.models else list(self.pinned(name))
-            )
-            for member in members:
-                seen = set()
-                for seed in seeds:
-                    point = self.model_point(name.text, seed) if member is None else self.point(member, seed)
-                    point = self._at_step(point, name)
-                    if str(point.parent) not in seen:
-                        seen.add(str(point.parent))
-                        yield member, point
-
-    def _score(self, entry: str, call: Call, found: Found, member: Member | None, point: Point) -> Shown:
-        resolved, references = self._resolved(call, found, member, point.seed)
-        module = found.load()
-        seed = point.seed if getattr(module, "SEEDED", False) else None
-        label = f"{resolved.label} of {point.label}"
-        job = self._job(
-            "score",
-            call.name,
-            f"evaluate.{call.name}-",
-            label,
-            resolved,
-            {"model": point, **references},
-            seed,
-        )
-        return Shown(entry, call.name, point, job)
-
-    # - tables
-
-    def check_references_in_tables(self) -> None:
-        """Columns and axes must name an entry of ``evaluate:`` or a cost."""
-        known = {*self.experiment.evaluate, "energy", "time", "memory"}
-        for kind in ("tables", "figures"):
-            for name, spec in getattr(self.experiment, kind).items():
-                for column in _columns(spec):
-                    if column.partition(".")[0] not in known:
-                        near = nearest(column.partition(".")[0], known)
-                        raise AssayError(
-                            f"{self.experiment.place(kind, name)}: {column!r} names no evaluation{near}"
-                        )
-
 
 _NOTHING = object()
 
@@ -412,7 +416,7 @@ class _Placed(AssayError):
     """A sentence that names its place already."""
 
 
-class _Place:
+class Place:
     """Adds the place to a sentence raised inside."""
 
     def __init__(self, place: str) -> None:
@@ -444,16 +448,15 @@ def _options(spec: ModelSpec) -> Iterator[tuple[str, Any]]:
         yield key, tuple(value) if isinstance(value, list) else value
 
 
+def _keep_too(job: Job, steps: Iterable[int]) -> None:
+    """Two chains may ask one job for different steps: it keeps them all."""
+    kept = job.config.get("checkpoints") or []
+    if not set(steps) <= set(kept):
+        job.config["checkpoints"] = sorted({*kept, *steps})
+
+
 def _with_recipes(what: dict[str, Any], parents: dict[str, Point]) -> dict[str, Any]:
     return {key: parents[key].recipe if key in parents else value for key, value in what.items()}
-
-
-def _columns(spec: dict[str, Any]) -> Iterator[str]:
-    yield from (column for column in spec.get("columns", []) if isinstance(column, str))
-    if spec.get("kind", "scatter") == "scatter":
-        for axis in ("x", "y", "size"):
-            if isinstance(spec.get(axis), str):
-                yield spec[axis]
 
 
 def folder_digest(folder: Path) -> str:

@@ -17,19 +17,21 @@ from workflows.settings import from_arguments
 
 
 def removable(built: Plan) -> list[Path]:
-    """Folders of weights that nothing missing reads."""
-    needed = {parent.id for job in built.missing.values() for parent in job.parents.values()}
+    """Folders of weights that nothing missing reads; what else a stage wrote (``data/``, ``files/``) stays."""
+    needed = {
+        built.store.parent_folder(parent) for job in built.missing.values() for parent in job.parents.values()
+    }
     if built.experiment.keep == "all":
         return []
     ends = {point.parent.id for point in built.points} if built.experiment.keep == "ends" else set()
     stages = [job for job in built.jobs.values() if job.kind == "stage" and job.id in built.finished]
     folders = []
     for job in stages:
-        if job.id not in needed and job.id not in ends:
+        if job.id not in ends:
             folders.extend(
                 sorted(path for path in built.store.result(job.id).glob("model*") if path.is_dir())
             )
-    return folders
+    return [folder for folder in folders if folder not in needed]
 
 
 def _bytes(folder: Path) -> int:

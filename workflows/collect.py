@@ -2,6 +2,9 @@
 
 Every number of every shown chain has a row; what failed or is missing has a row that says so. Cost is not a second
 table: ``energy``, ``time`` and ``memory`` are evaluations like the others.
+
+The models that a chain keeps on its way have rows under the chain's name and label, with their ``step``; at the end
+of a chain it is empty. Step 0 is what the last stage started from, where that has no name of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from workflows.record import (
 
 RESULT_COLUMNS = (
     "experiment", "chain", "label", "model_id", "score_id", "base", "family", "method", "options", "swept", "seed",
-    "evaluation", "entry", "task", "metric", "value", "stderr", "n", "unit", "better", "status",
+    "step", "evaluation", "entry", "task", "metric", "value", "stderr", "n", "unit", "better", "status",
 )  # fmt: skip
 JOB_COLUMNS = (
     "id", "kind", "label", "family", "method", "seed", "parents", "config", "status", "attempts", "start", "end",
@@ -97,20 +100,18 @@ class Collector:
     @cached_property
     def _points(self) -> list[Point]:
         """Chains first; models that are scored but named by no chain's row follow."""
-        points = {(p.chain, p.parent.id, p.parent.step): p for p in self.plan.points}
+        points = {point.key: point for point in self.plan.points}
         for shown in self.plan.shown:
-            key = (shown.point.chain, shown.point.parent.id, shown.point.parent.step)
-            points.setdefault(key, shown.point)
+            points.setdefault(shown.point.key, shown.point)
         return list(points.values())
 
     def _base_row(self, point: Point) -> RowDict:
         job = point.job
         return {
-            "experiment": self.plan.experiment.name, "chain": point.chain, "label": point.label,
-            "model_id": point.parent.id + ("" if point.parent.step is None else f"@step{point.parent.step}"),
-            "base": point.base, "family": job.family if job else "model",
+            "experiment": self.plan.experiment.name, "chain": point.chain, "label": point.chain_label,
+            "model_id": point.parent.shown, "base": point.base, "family": job.family if job else "model",
             "method": job.method if job else "", "options": _json(job.config) if job else "{}",
-            "swept": _json(dict(point.swept)), "seed": point.shown_seed,
+            "swept": _json(dict(point.swept)), "seed": point.shown_seed, "step": point.step,
         }  # fmt: skip
 
     def _score_rows(self, shown: Shown) -> Iterator[RowDict]:
@@ -119,7 +120,7 @@ class Collector:
         }  # fmt: skip
         record = self.record(shown.job.id)
         if record is None:
-            yield row | {"task": "", "metric": "", "status": self._score_status(shown)}
+            yield row | {"task": "", "metric": "", "status": self._status_behind(shown.job)}
             return
         for entry in record.rows:
             status = "ok" if entry.value is not None else "failed"
@@ -128,11 +129,11 @@ class Collector:
         yield row | _cost("time", "score_seconds", record.seconds_inside, "s", "lower")
         yield row | _cost("memory", "score_peak_mb", record.peak_memory_mb, "MB", "lower")
 
-    def _score_status(self, shown: Shown) -> str:
-        """A score of a model that failed carries the model's status."""
-        own = self.status(shown.job.id)
-        if own == "missing" and shown.point.job is not None:
-            statuses = [self.status(job.id) for job in self._ancestors(shown.point.job)]
+    def _status_behind(self, job: Job) -> str:
+        """What has no record because something it is made from failed carries the status of that."""
+        own = self.status(job.id)
+        if own == "missing":
+            statuses = [self.status(each.id) for each in self._ancestors(job)]
             return next((status for status in statuses if status not in ("ok", "missing")), own)
         return own
 
@@ -142,18 +143,26 @@ class Collector:
         row = self._base_row(point) | {"score_id": ""}
         record = self.record(point.job.id)
         if record is None:
-            status = self.status(point.job.id)
+            status = self._status_behind(point.job)
             yield row | _cost("energy", "stage_kwh", None, "kWh", "lower") | {"status": status}
             return
-        chain = [self.record(job.id) for job in self._ancestors(point.job)]
-        whole = [each for each in chain if each is not None]
-        yield row | _cost("energy", "stage_kwh", *_energy_value(record), "lower")
-        yield row | _cost(
-            "energy", "chain_kwh", sum(r.energy["total_kwh"] for r in whole), _unit(whole), "lower"
-        )
-        yield row | _cost("time", "stage_seconds", record.seconds_inside, "s", "lower")
-        yield row | _cost("time", "chain_seconds", sum(r.seconds_inside for r in whole), "s", "lower")
+        others = [self.record(job.id) for job in self._ancestors(point.job) if job.id != point.job.id]
+        before = [each for each in others if each is not None]
+        kwh, seconds = self._spent(point, record)
+        chain_kwh = None if kwh is None else kwh + sum(each.energy["total_kwh"] for each in before)
+        chain_seconds = None if seconds is None else seconds + sum(each.seconds_inside for each in before)
+        yield row | _cost("energy", "stage_kwh", kwh, _unit([record]), "lower")
+        yield row | _cost("energy", "chain_kwh", chain_kwh, _unit([record, *before]), "lower")
+        yield row | _cost("time", "stage_seconds", seconds, "s", "lower")
+        yield row | _cost("time", "chain_seconds", chain_seconds, "s", "lower")
         yield row | _cost("memory", "stage_peak_mb", record.peak_memory_mb, "MB", "lower")
+
+    def _spent(self, point: Point, record: Record) -> tuple[float | None, float | None]:
+        """Energy in kWh and seconds of the last stage, up to the step that the point is; None where it is not known."""
+        if point.parent.step is None:
+            return float(record.energy["total_kwh"]), record.seconds_inside
+        spent = self.store.spent_at_step(record).get(str(point.parent.step), {})
+        return spent.get("kwh"), spent.get("seconds")
 
     def _ancestors(self, job: Job) -> list[Job]:
         """The job and all distinct stages it was built from, each once."""
@@ -180,7 +189,7 @@ class Collector:
     def _job_row(self, job: Job, chains: str) -> RowDict:
         row: RowDict = {
             "id": job.id, "kind": job.kind, "label": job.label, "family": job.family, "method": job.method,
-            "seed": job.seed, "parents": ";".join(parent.id for parent in job.parents.values()),
+            "seed": job.seed, "parents": ";".join(parent.shown for parent in job.parents.values()),
             "config": _json(job.config), "status": self.status(job.id), "chains": chains,
             "stale": self.plan.substitute(job.id) != job.id,
         }  # fmt: skip
@@ -199,7 +208,7 @@ class Collector:
     def curves(self) -> Iterator[RowDict]:
         """All rows of curves.csv: every logged term of every shown stage."""
         for point in self._points:
-            record = self.record(point.job.id) if point.job else None
+            record = self.record(point.job.id) if point.job and point.step is None else None
             if record is None:
                 continue
             path = self.store.result(record.id) / "curve.csv"
@@ -281,9 +290,10 @@ def own_claim(values: dict[str, Any], number: int) -> Claim:
 
 
 def _cost(evaluation: str, metric: str, value: float | None, unit: str, better: str) -> RowDict:
+    """A number that is not known is missing."""
     return {
         "evaluation": evaluation, "entry": evaluation, "task": "", "metric": metric, "value": value, "stderr": None,
-        "n": None, "unit": unit, "better": better, "status": "ok",
+        "n": None, "unit": unit, "better": better, "status": "missing" if value is None else "ok",
     }  # fmt: skip
 
 
@@ -330,7 +340,10 @@ def _write_parquet(folder: Path) -> None:
     import pandas
 
     table = pandas.read_csv(
-        folder / "results.csv", dtype={"seed": "Int64"}, keep_default_na=False, na_values=[""]
+        folder / "results.csv",
+        dtype={"seed": "Int64", "step": "Int64"},
+        keep_default_na=False,
+        na_values=[""],
     )
     table.to_parquet(folder / "results.parquet", index=False)
 

@@ -1,4 +1,4 @@
-"""Learning curves: the terms of one run, and a term's value where another one first has a level."""
+"""Lines over steps, and where one of them first passes a level: learning curves and trajectories alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 Line = Sequence[tuple[float, float]]
-"""(step, value) of one term, in order of steps."""
+"""(step, value) of one quantity, in order of steps."""
 
 
 def lines(rows: Iterable[Mapping[str, float | str]]) -> dict[str, Line]:
@@ -19,23 +19,23 @@ def lines(rows: Iterable[Mapping[str, float | str]]) -> dict[str, Line]:
     return {name: sorted(points.items()) for name, points in terms.items()}
 
 
-def value_at_level(run: Mapping[str, Line], name: str, at: str, level: float) -> float | None:
-    """Term ``name`` where term ``at`` first passes ``level`` upwards, both linear between logged steps."""
-    step = _first_passing(run.get(at, ()), level)
-    return None if step is None else _value_at_step(run.get(name, ()), step)
+def first_passing(line: Line, level: float, *, upwards: bool = True) -> float | None:
+    """The step, linear between known ones, at which the line first reaches ``level`` from the other side.
 
-
-def _first_passing(line: Line, level: float) -> float | None:
-    """The step, between logged ones, at which the line first reaches the level from below."""
+    ``upwards`` means from below. A line that starts exactly at the level passes it at its start; one that starts
+    beyond it passes only after it has come back.
+    """
+    sign = 1.0 if upwards else -1.0
     if line and line[0][1] == level:
         return line[0][0]
-    for (step, below), (next_step, above) in pairwise(line):
-        if below < level <= above:
-            return step + (level - below) / (above - below) * (next_step - step)
+    for (step, before), (next_step, after) in pairwise(line):
+        if sign * before < sign * level <= sign * after:
+            return step + (level - before) / (after - before) * (next_step - step)
     return None
 
 
-def _value_at_step(line: Line, step: float) -> float | None:
+def value_at_step(line: Line, step: float) -> float | None:
+    """The line's value at a step, linear between known ones; None outside of them."""
     if line and line[0][0] == step:
         return line[0][1]
     for (earlier, value), (later, next_value) in pairwise(line):

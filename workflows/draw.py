@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
+    from numpy import float64
+    from numpy.typing import NDArray
 
 SIZE_INCHES = (7.0, 4.5)
 DOTS_PER_INCH = 200
@@ -31,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "lines.markersize": 5, "legend.frameon": False, "figure.facecolor": "white", "axes.facecolor": "white",
     "svg.hashsalt": "assay", "svg.fonttype": "path", "savefig.dpi": DOTS_PER_INCH, "axes.formatter.useoffset": False,
 }  # fmt: skip
+LEGEND_LINE_INCHES = 0.165
 LABEL_DISTANCES = (3, 7, 13, 21, 31, 43, 57, 73, 91, 111, 133)
 LABEL_ANGLES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8),
                 (0.95, 0.35), (-0.95, 0.35), (0.95, -0.35), (-0.95, -0.35),
@@ -64,10 +67,25 @@ def new(panels: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, list(every[:panels])
 
 
+def small(panels: int) -> tuple[Figure, list[Axes]]:
+    """An empty figure of many small panels with the same axes, up to four side by side, as high as they need."""
+    from matplotlib.figure import Figure
+
+    across = panels if panels <= 3 else 3 if panels <= 6 else 4
+    down = math.ceil(panels / across)
+    figure = Figure((SIZE_INCHES[0], 1.2 + 1.6 * down), dpi=DOTS_PER_INCH, layout="constrained")
+    every = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flatten()
+    for unused in every[panels:]:
+        unused.set_visible(False)
+    for last in every[max(0, panels - across) : panels]:
+        last.tick_params(labelbottom=True)  # also where the panel below is unused
+    return figure, list(every[:panels])
+
+
 def look(place: int) -> dict[str, Any]:
-    """Colour, marker and line of the n-th series; sixteen differ also in grey."""
+    """Colour, marker and line of the n-th series; sixteen differ also in grey, and none of 24 is like another."""
     return {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)],
-            "linestyle": LINES[place % len(LINES)]}  # fmt: skip
+            "linestyle": LINES[(place + place // len(COLORS)) % len(LINES)]}  # fmt: skip
 
 
 def files(figure: Figure, description: str) -> dict[str, bytes]:
@@ -80,11 +98,25 @@ def files(figure: Figure, description: str) -> dict[str, bytes]:
     return written
 
 
-def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """One legend under all panels, in as many columns as its longest text allows."""
+def legend_below(
+    figure: Figure, handles: Sequence[Any], labels: Sequence[str], *, grow: bool = False
+) -> None:
+    """One legend under all panels, in as many columns as its longest text allows.
+
+    With ``grow`` the figure becomes higher by what a legend of more than four lines takes.
+    """
     if labels:
         columns = max(1, min(4, len(labels), 108 // (max(map(len, labels)) + 7)))
+        if grow:
+            lines = math.ceil(len(labels) / columns)
+            figure.set_figheight(figure.get_figheight() + LEGEND_LINE_INCHES * max(0, lines - 4))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.2)
+
+
+def legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """One line of legend over small panels, whose common axis label stands below."""
+    if labels:
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), handlelength=2.4)
 
 
 # --- labels -----------------------------------------------------------------------------------------------
@@ -154,12 +186,14 @@ def _write(
     near = _annotate(axes, label, (0.0, 0.0), line=False)
     size = near.get_window_extent()
     near.remove()
+    there, written = _corners([*occupied, *texts]), _corners(texts)
     best, least, covered = (0.0, 0.0, 0.0), math.inf, [size]
     for far, (across, up) in itertools.product(LABEL_DISTANCES, LABEL_ANGLES):
         offset = (across * (label.radius + far), up * (label.radius + far))
         boxes = _covered(axes, label, offset, size, with_line=far > LINE_FROM_POINTS)
-        cost = _overlap(boxes[0], [*occupied, *texts]) + 10 * _outside(boxes[0], frame)
-        cost += 4 * sum(_overlap(box, texts) for box in boxes[1:])
+        text, line = _corners(boxes[:1]), _corners(boxes[1:])
+        outside = float(boxes[0].width * boxes[0].height) - _overlap(text, _corners([frame]))
+        cost = _overlap(text, there) + 10 * outside + 4 * _overlap(line, written)
         if cost < least:
             best, least, covered = (*offset, far), cost, boxes
         if cost == 0:
@@ -203,16 +237,17 @@ def _square(axes: Axes, label: Label, points: float) -> Bbox:
     return Bbox.from_extents(x - half, y - half, x + half, y + half)
 
 
-def _overlap(box: Bbox, occupied: Sequence[Bbox]) -> float:
-    """The area, in square pixels, that a box shares with others."""
-    return sum(_shared(box, other) for other in occupied)
+def _corners(boxes: Sequence[Bbox]) -> NDArray[float64]:
+    """[boxes, 4]: left, bottom, right and top of every box, in pixels."""
+    import numpy
+
+    return numpy.array([box.extents for box in boxes], dtype=float).reshape(-1, 4)
 
 
-def _outside(box: Bbox, frame: Bbox) -> float:
-    return float(box.width * box.height) - _shared(box, frame)
+def _overlap(boxes: NDArray[float64], others: NDArray[float64]) -> float:
+    """The area, in square pixels, that [n, 4] boxes share with [m, 4] others, every pair counted."""
+    import numpy
 
-
-def _shared(first: Bbox, second: Bbox) -> float:
-    across = min(first.x1, second.x1) - max(first.x0, second.x0)
-    up = min(first.y1, second.y1) - max(first.y0, second.y0)
-    return float(across * up) if across > 0 and up > 0 else 0.0
+    low = numpy.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = numpy.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    return float(numpy.clip(high - low, 0.0, None).prod(axis=2).sum())

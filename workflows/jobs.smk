@@ -56,6 +56,11 @@ use rule model as unlearn with:
         RUN.pattern("unlearn"),
 
 
+use rule model as curvature with:
+    output:
+        RUN.pattern("curvature"),
+
+
 use rule model as distill with:
     output:
         RUN.pattern("distill"),

@@ -1,29 +1,29 @@
-"""Line figures: learning curves, a score over a swept option, and what is kept at a matched level."""
+"""Line figures: learning curves, and a score over a swept option."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from methods.stage import AssayError
 from workflows import chance, draw
 from workflows.axes import Spec, finish, quantity, quantity_label, sd_or_zero, several, term_label
-from workflows.curves import Line, value_at_level
-from workflows.measured import Cell, ChainRun, Column, Measured
-from workflows.tables import scale
+from workflows.columns import Cell, Column
+from workflows.curves import Line
+from workflows.grid import scale
+from workflows.measured import ChainRun, Measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEVELS = 60
 BANDS = "Lines: means over distinct results; bands: smallest to largest."
 LEGEND_LINES_AT_MOST = 24
 
 Series = Sequence[tuple[float, Sequence[float]]]
 
 
-def _band(axes: Axes, series: Series, place: int, label: str) -> None:
+def band(axes: Axes, series: Series, place: int, label: str) -> None:
     """A line through the means with the range of the seeds behind it."""
     look, xs = draw.look(place), [x for x, _ in series]
     every = max(1, len(xs) // 8)
@@ -52,7 +52,7 @@ def curve(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -
         for place, run in enumerate(runs):
             series = _over_steps([each.lines.get(wanted, ()) for each in run.distinct_curves])
             if series:
-                _band(axes, series, place, measured.shown_name(run))
+                band(axes, series, place, measured.shown_name(run))
         finish(axes, spec, "optimizer step", term_label(wanted))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if not any(axes.lines for axes in panels):
@@ -127,36 +127,3 @@ def _baseline(measured: Measured, axes: Axes, column: Column, spec: Spec, factor
                 linewidth=1.2,
                 label=measured.shown_name(run),
             )
-
-
-def matched(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -> tuple[Figure, str]:
-    """One term where another first has a level, over that level: how much is kept at equal forgetting."""
-    image, (axes,) = draw.new()
-    place = 0
-    for run in runs:
-        series = list(_at_levels(run, spec))
-        if series:
-            _band(axes, series, place, measured.shown_name(run))
-            place += 1
-    if not place:
-        raise AssayError(f"figures.{name}: no chain here logged both {spec['x']} and {spec['y']}.")
-    finish(axes, spec, f"{term_label(spec['x'])}, first reached", term_label(spec["y"]))
-    _shared_legend(image, [axes])
-    return (
-        image,
-        f"Interpolated along each run's curve. {BANDS} A line ends where not all of its runs reach the level.",
-    )
-
-
-def _at_levels(run: ChainRun, spec: Spec) -> Iterator[tuple[float, list[float]]]:
-    """(level, y of every run at it) over the levels that all runs of the chain pass."""
-    runs = [each.lines for each in run.distinct_curves]
-    along = [[value for _, value in run_lines.get(spec["x"], ())] for run_lines in runs]
-    if not runs or any(len(values) < 2 for values in along):
-        return
-    low, high = max(values[0] for values in along), min(max(values) for values in along)
-    levels = spec.get("levels") or [low + (high - low) * index / LEVELS for index in range(1, LEVELS + 1)]
-    for level in levels:
-        values = [value_at_level(run_lines, spec["y"], spec["x"], level) for run_lines in runs]
-        if all(value is not None for value in values):
-            yield level, [value for value in values if value is not None]

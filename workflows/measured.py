@@ -1,19 +1,18 @@
 """What an experiment measured, as the report reads it: rows, jobs, curves and the resolved experiment.
 
 ``Measured.read(folders)`` holds one or several result folders; a chain is always one chain of one folder.
-``columns`` resolves ``forget10.model_utility``, ``tasks.authors_retain.acc`` or
-``curve.probe.retain@probe.forget=2``; ``cell`` gives a chain's distinct results for a column.
+``columns`` resolves ``forget10.model_utility``, ``tasks.authors_retain.acc``, ``curve.probe.retain@probe.forget=2`` or
+``forget10.model_utility@forget10.forget_nll=2``; ``cell`` gives a chain's distinct results for a column, and
+``trajectories`` everything measured on the way to them.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -22,75 +21,13 @@ from typing import Any
 import pandas as pd
 
 from methods.stage import AssayError
-from workflows import chance
-from workflows.curves import Line, lines, value_at_level
+from workflows.columns import Cell, Column, Row, Sample, has_number, is_lost, matching, sample, statuses, term
+from workflows.curves import Line, lines
 from workflows.reading import read_curves, read_experiment, read_jobs, read_rows, source_names
+from workflows.specs import CURVE, STEP, at_level
+from workflows.trajectory import SPENT, Trajectory, trajectories
 
-COSTS = ("energy", "time", "memory")
-NOT_REACHED = "level not reached"
-_LEVEL = re.compile(r"curve\.(?P<term>[^@]+)@(?P<at>[^=]+)=(?P<level>.+)")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One distinct result: its number, and the item-level standard error where the evaluation gives one."""
-
-    seed: str
-    id: str
-    value: float
-    stderr: float | None = None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """All distinct results of one chain in one column, and the statuses of those that are not there."""
-
-    samples: tuple[Sample, ...] = ()
-    statuses: Mapping[str, int] = field(default_factory=dict)
-    units: tuple[str, ...] = ()
-
-    @property
-    def values(self) -> list[float]:
-        return [sample.value for sample in self.samples]
-
-    @property
-    def by_seed(self) -> dict[str, float]:
-        return {sample.seed: sample.value for sample in self.samples}
-
-    @property
-    def n(self) -> int:
-        return len(self.samples)
-
-    @property
-    def mean(self) -> float:
-        return chance.mean(self.values)
-
-    @property
-    def sd(self) -> float:
-        return chance.sample_sd(self.values)
-
-    @property
-    def known(self) -> bool:
-        """Whether anything is known here: a number, or why there is none."""
-        return bool(self.samples or self.statuses)
-
-
-@dataclass(frozen=True)
-class Column:
-    """One measured quantity. ``at`` and ``level`` are set for a curve read where another term has a level."""
-
-    name: str
-    entry: str
-    task: str
-    metric: str
-    better: str = ""
-    unit: str = ""
-    at: str = ""
-    level: float = math.nan
-
-    @property
-    def is_cost(self) -> bool:
-        return self.entry in COSTS
+ON_THE_WAY = {key for pair in SPENT.items() for key in pair}
 
 
 @dataclass(frozen=True)
@@ -104,7 +41,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class ChainRun:
-    """One chain of one folder: name, label, method of the last stage, swept options, rows by seed."""
+    """One chain of one folder: name, label, method of the last stage, swept options, rows by seed.
+
+    ``rows`` are those of its end, ``kept`` those of models on the way. A kept model shown by itself is a run of its
+    own, ``direct@step40``, whose ``step`` is 40.
+    """
 
     source: str
     name: str
@@ -116,6 +57,8 @@ class ChainRun:
     options: Mapping[str, Any]
     rows: pd.DataFrame = field(compare=False, repr=False)
     curves: pd.DataFrame = field(compare=False, repr=False)
+    kept: pd.DataFrame = field(compare=False, repr=False)
+    step: int | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -124,12 +67,17 @@ class ChainRun:
     @property
     def group(self) -> str:
         """The chain's name without the member's sweep: ``pruned`` of ``pruned[sparsity=0.5]``."""
-        return self.name.partition("[")[0]
+        return self.chain.partition("[")[0]
+
+    @property
+    def chain(self) -> str:
+        """The chain's name, also where this is one of its kept models."""
+        return self.name if self.step is None else self.name.removesuffix(f"@step{self.step}")
 
     @cached_property
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Row]:
         """The rows as plain mappings."""
-        return [{str(key): value for key, value in row.items()} for row in self.rows.to_dict("records")]
+        return _records(self.rows)
 
     @cached_property
     def has_numbers(self) -> bool:
@@ -187,16 +135,29 @@ class Measured:
         return runs
 
     def _chain(self, source: str, name: str, rows: pd.DataFrame) -> ChainRun:
-        first = rows.iloc[0]
+        ends, kept = rows[rows[STEP] == ""], rows[rows[STEP] != ""]
+        # rows of step 0 carry the label and method of the stage before
+        first = (ends if len(ends) else kept[kept[STEP] != "0"] if (kept[STEP] != "0").any() else kept).iloc[
+            0
+        ]
         curves = self.curves[(self.curves["source"] == source) & (self.curves["chain"] == name)]
         return ChainRun(source, name, first["label"], first["method"], first["family"], first["base"],
-                        _mapping(first["swept"]), _mapping(first["options"]), rows, curves)  # fmt: skip
+                        _mapping(first["swept"]), _mapping(first["options"]), ends, curves, kept)  # fmt: skip
+
+    @cached_property
+    def with_steps(self) -> list[ChainRun]:
+        """Every chain, each behind its kept models as runs of their own."""
+        return [each for run in self.chains for each in [*_kept_runs(run), run]]
 
     def chosen(self, of: Sequence[str] | None) -> list[ChainRun]:
-        """The chains that ``of`` names (names, families or patterns); all of them without it."""
+        """The chains that ``of`` names (names, families or patterns); all of them without it.
+
+        Kept models are meant only by words with a step: ``direct@step40``, ``direct@step*``, ``direct@steps`` (all
+        of them and the end).
+        """
         if of is None:
             return self.chains
-        return [run for run in self.chains if any(names_chain(word, run) for word in of)]
+        return [run for run in self.with_steps if any(names_chain(word, run) for word in of)]
 
     def shown_name(self, run: ChainRun) -> str:
         """The chain's name, with its folder where there are several."""
@@ -210,17 +171,59 @@ class Measured:
         Raises:
             AssayError: nothing of that name was measured; names the nearest that was.
         """
-        if reference.startswith("curve."):
-            return [_curve_column(reference)]
+        parts = at_level(reference)
+        if parts is None and reference == STEP:
+            raise AssayError(
+                "step has a value at a level only: write step@Y=LEVEL, e.g. step@forget10.forget_nll=2."
+            )
+        if parts is None:
+            return self.along(reference)
+        found = self.along(parts[0])
+        at = self._where(found[0], parts[1])
+        columns = [self.at(column, at, parts[2]) for column in found]
+        return columns if len(columns) > 1 else [replace(columns[0], name=reference)]
+
+    def along(self, reference: str) -> list[Column]:
+        """What a reference means along a trajectory: rows of results.csv, ``curve.TERM`` or ``step``."""
+        if reference == STEP:
+            return [Column(STEP, STEP, "", STEP)]
+        if reference.startswith(CURVE):
+            return [term(reference.removeprefix(CURVE))]
         head, _, rest = reference.partition(".")
         scored = self.results[self.results["metric"] != ""]
         for owner in ("entry", "evaluation"):
-            found = _matching(scored[scored[owner] == head], rest)
+            found = matching(scored[scored[owner] == head], rest)
             if found:
                 return found
         near = difflib.get_close_matches(reference, self._references, 1, 0.6)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise AssayError(f"No row of results.csv is called {reference}.{hint}")
+
+    def _where(self, wanted: Column, reference: str) -> Column:
+        """The one quantity behind an @: a term where a curve stands before it, unless no curve logged it."""
+        if wanted.is_curve and not reference.startswith(CURVE):
+            logged = reference in set(self.curves["term"])
+            if logged or reference.partition(".")[0] not in set(self.results["entry"]):
+                return term(reference)
+        return self.one(reference)
+
+    def one(self, reference: str) -> Column:
+        """The one quantity along a trajectory that a reference means."""
+        found = self.along(reference)
+        if len(found) > 1:
+            there = ", ".join(column.name for column in found)
+            raise AssayError(f"{reference} is measured on several tasks; name one: {there}.")
+        return found[0]
+
+    def at(self, column: Column, at: Column, level: float) -> Column:
+        """``column`` where ``at`` first passes ``level``."""
+        for each in (column, at):
+            if each.is_cost and (each.entry, each.metric) not in ON_THE_WAY:
+                there = ", ".join(sorted(".".join(key) for key in ON_THE_WAY))
+                raise AssayError(
+                    f"{each.name} is not known on the way to a chain's end; these costs are: {there}."
+                )
+        return replace(column, name=f"{column.name}@{at.name}={level:g}", at=at, level=level)
 
     @cached_property
     def _references(self) -> list[str]:
@@ -229,106 +232,103 @@ class Measured:
 
     def cell(self, run: ChainRun, column: Column) -> Cell:
         """The chain's distinct results in a column."""
-        if column.at:
-            return _curve_cell(run, column)
-        rows = [row for row in run.records if row["entry"] == column.entry]
-        about = [row for row in rows if _is_about(row, column)]
-        lost = [row for row in about if row["status"] != "ok"] if rows or run.has_numbers else run.records
-        there = [row for row in about if row["status"] == "ok" and row["metric"] == column.metric]
+        if column.at is not None:
+            return self._cell_at(run, column)
+        known = run.has_numbers or any(row["entry"] == column.entry for row in run.records)
+        lost = [row for row in run.records if not known or is_lost(row, column)]
+        there = [row for row in run.records if has_number(row, column)]
         samples: dict[str, Sample] = {}
-        for row in there:
-            samples.setdefault(_identity(row), _sample(row))
-        return Cell(
-            tuple(samples.values()), _statuses(lost), tuple(dict.fromkeys(row["unit"] for row in there))
-        )
+        for each in map(sample, there):
+            samples.setdefault(each.id, each)
+        units = tuple(dict.fromkeys(row["unit"] for row in there))
+        return Cell(tuple(samples.values()), statuses(lost), units)
+
+    # - trajectories
+
+    def trajectories(self, run: ChainRun) -> list[Trajectory]:
+        """One for every distinct result of the chain; none for a kept model shown by itself."""
+        if run.step is not None:
+            return []
+        if run.key not in self._trajectories:
+            logged = {each.seed: (each.model_id, each.lines) for each in reversed(run.distinct_curves)}
+            found = trajectories(
+                run.records, _records(run.kept), logged, lambda name: self._parent(run.source, name)
+            )
+            self._trajectories[run.key] = found
+        return self._trajectories[run.key]
+
+    @cached_property
+    def _trajectories(self) -> dict[tuple[str, str], list[Trajectory]]:
+        return {}
+
+    def _parent(self, source: str, name: str) -> Sequence[Row]:
+        """The rows of the model that a model's last stage started from."""
+        return self._by_model.get((source, self._parents.get((source, name), "")), ())
+
+    @cached_property
+    def _parents(self) -> dict[tuple[str, str], str]:
+        """For every job of every folder the first of its parents."""
+        jobs = zip(self.jobs["source"], self.jobs["id"], self.jobs["parents"], strict=True)
+        return {(source, name): parents.partition(";")[0] for source, name, parents in jobs if parents}
+
+    @cached_property
+    def _by_model(self) -> dict[tuple[str, str], list[Row]]:
+        found: dict[tuple[str, str], list[Row]] = {}
+        for row in _records(self.results):
+            found.setdefault((row["source"], row["model_id"]), []).append(row)
+        return found
+
+    def _cell_at(self, run: ChainRun, column: Column) -> Cell:
+        """One sample for every trajectory that reaches the level; the others say why they have none."""
+        assert column.at is not None
+        found = [each for each in self.trajectories(run) if each.follows(column.at)]
+        lost = self._lost_on_the_way(run, column.at, {each.seed for each in found})
+        if not any(each.line(column) for each in found):
+            return Cell(statuses=lost)
+        read = [(each, each.read(column)) for each in found]
+        samples = [Sample(each.seed, each.id, value) for each, value in read if not isinstance(value, str)]
+        words = Counter(value for _, value in read if isinstance(value, str))
+        units = tuple(dict.fromkeys(each.unit(column) for each in found))
+        return Cell(tuple(samples), dict(sorted((words + Counter(lost)).items())), units)
+
+    def _lost_on_the_way(self, run: ChainRun, at: Column, found: set[str]) -> dict[str, int]:
+        """Why seeds have no trajectory along ``at``: their score or, for a curve, their stage is not there."""
+        rows = [row for row in run.records if row["seed"] not in found and row["status"] != "ok"]
+        if run.has_numbers:
+            stage = at.is_curve and bool(found)
+            rows = [row for row in rows if is_lost(row, at) or (stage and row["entry"] == "energy")]
+        return statuses(rows)
 
 
 def names_chain(word: str, run: ChainRun) -> bool:
-    """Whether a word is the chain's name, its family's name, or a pattern on its name or label."""
-    return word in (run.name, run.group) or fnmatchcase(run.label, word) or fnmatchcase(run.name, word)
+    """Whether a word is the chain's name, its family's name, or a pattern on its name or label.
+
+    A kept model is meant by a word for its chain with a step behind it.
+    """
+    head, at, step = word.rpartition("@step")
+    if at and _is_called(head, run) and (step == "s" or fnmatchcase(str(run.step), step)):
+        return True
+    return run.step is None and _is_called(word, run)
 
 
-# --- references -------------------------------------------------------------------------------------------
+def _is_called(word: str, run: ChainRun) -> bool:
+    label = run.label if run.step is None else run.label.removesuffix(f"@step{run.step}")
+    return word in (run.chain, run.group) or fnmatchcase(label, word) or fnmatchcase(run.chain, word)
+
+
+def _kept_runs(run: ChainRun) -> list[ChainRun]:
+    """The kept models of a chain, each as a run of its own, in order."""
+    steps = sorted(map(int, set(run.kept[STEP])))
+    return [
+        replace(run, name=f"{run.name}@step{step}", label=f"{run.label}@step{step}", step=step,
+                rows=run.kept[run.kept[STEP] == str(step)], curves=run.curves.iloc[:0])
+        for step in steps
+    ]  # fmt: skip
+
+
+def _records(rows: pd.DataFrame) -> list[Row]:
+    return [{str(key): value for key, value in row.items()} for row in rows.to_dict("records")]
 
 
 def _mapping(text: str) -> dict[str, Any]:
     return dict(json.loads(text)) if text else {}
-
-
-def _matching(rows: pd.DataFrame, rest: str) -> list[Column]:
-    """Columns for ``metric`` or ``task.metric``; a task may be given without its settings."""
-    frame = rows[["entry", "task", "metric", "better", "unit"]].drop_duplicates(["entry", "task", "metric"])
-    keys = frame.to_dict("records")
-    exact = [key for key in keys if rest in (key["metric"], f"{key['task']}.{key['metric']}")]
-    loose = [
-        key for key in keys if any(rest == f"{task}.{key['metric']}" for task in _short_tasks(key["task"]))
-    ]
-    chosen = exact or loose
-    return [_column(key, alone=len(chosen) == 1, asked=rest) for key in chosen]
-
-
-def _short_tasks(task: str) -> list[str]:
-    """``wikitext2/test(context=512)`` may be called ``wikitext2/test`` or ``wikitext2``."""
-    ends = [match.start() for match in re.finditer(r"[^\w-]", task)]
-    return [task[:end] for end in ends]
-
-
-def _column(key: dict[str, Any], *, alone: bool, asked: str) -> Column:
-    name = f"{key['entry']}.{asked}" if alone else f"{key['entry']}.{key['task']}.{key['metric']}"
-    return Column(name, key["entry"], key["task"], key["metric"], key["better"], key["unit"])
-
-
-def _curve_column(reference: str) -> Column:
-    match = _LEVEL.fullmatch(reference)
-    try:
-        level = float(match["level"]) if match else math.nan
-    except ValueError:
-        level = math.nan
-    if match is None or not math.isfinite(level):
-        raise AssayError(
-            f"{reference}: write a matched level as curve.TERM@TERM=LEVEL, e.g. curve.probe.retain@probe.forget=2."
-        )
-    return Column(reference, "curve", "", match["term"], at=match["at"], level=level)
-
-
-def _identity(row: Mapping[str, Any]) -> str:
-    """What makes a result distinct: the score, or the model for its stage's and chain's cost."""
-    per_model = row["evaluation"] in COSTS and not row["metric"].startswith("score_")
-    identity = row["model_id"] if per_model else row["score_id"] or row["model_id"]
-    return str(identity or f"seed {row['seed']}")
-
-
-def _is_about(row: Mapping[str, Any], column: Column) -> bool:
-    """Whether a row of the column's entry has its number, or says why there is none."""
-    if row["status"] == "ok":
-        return bool(
-            row["metric"] == column.metric and row["task"] == column.task and not math.isnan(row["value"])
-        )
-    return column.is_cost or (row["metric"] in ("", column.metric) and row["task"] in ("", column.task))
-
-
-def _sample(row: Mapping[str, Any]) -> Sample:
-    stderr = None if math.isnan(row["stderr"]) else row["stderr"]
-    return Sample(row["seed"], _identity(row), row["value"], stderr)
-
-
-def _statuses(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """How many seeds ended in which way."""
-    return dict(
-        sorted(Counter(status for _, status in {(row["seed"], row["status"]) for row in rows}).items())
-    )
-
-
-# --- curves ---------------------------------------------------------------------------------------------
-
-
-def _curve_cell(run: ChainRun, column: Column) -> Cell:
-    """One sample for every distinct run that reaches the level; the others say that they do not."""
-    if not {column.metric, column.at} <= run.terms:
-        return Cell() if run.has_numbers else Cell(statuses=_statuses(run.records))
-    samples, unreached = [], 0
-    for curve in run.distinct_curves:
-        value = value_at_level(curve.lines, column.metric, column.at, column.level)
-        unreached += value is None
-        samples += [] if value is None else [Sample(curve.seed, curve.model_id, value)]
-    return Cell(tuple(samples), {NOT_REACHED: unreached} if unreached else {})

@@ -13,7 +13,7 @@ import json
 import math
 import tokenize
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from methods.stage import AssayError
@@ -25,12 +25,16 @@ Value = Any
 
 @dataclass(frozen=True)
 class Name:
-    """A reference to a chain or model: ``retained@0``, ``direct@step40``, ``pruned[sparsity=0.5]``."""
+    """A reference to a chain or model: ``retained@0``, ``direct@step40``, ``pruned[sparsity=0.5]``.
+
+    ``direct@steps`` means every model that the chain keeps on its way (``of:`` of an evaluation takes it).
+    """
 
     text: str
     pins: tuple[tuple[str, Value], ...] = ()
     seed: int | None = None
     step: int | None = None
+    steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,10 +207,20 @@ class _Reader:
         if inner is None:
             raise self.wrong(node, "'@' follows the name of a chain")
         if isinstance(right, ast.Constant) and type(right.value) is int:
-            return Name(inner.text, inner.pins, right.value, inner.step)
-        if isinstance(right, ast.Name) and right.id.startswith("step") and right.id[4:].isdigit():
-            return Name(inner.text, inner.pins, inner.seed, int(right.id[4:]))
-        raise self.wrong(node, "'@' is followed by a seed (retained@0) or a step (direct@step40)")
+            if inner.seed is not None:
+                raise self.wrong(node, "the seed is given twice")
+            return replace(inner, seed=right.value)
+        return self.at_step(node, inner)
+
+    def at_step(self, node: ast.BinOp, inner: Name) -> Name:
+        word = node.right.id if isinstance(node.right, ast.Name) else ""
+        if word != "steps" and not (word.startswith("step") and word[4:].isdigit()):
+            raise self.wrong(
+                node, "'@' is followed by a seed (retained@0), a step (direct@step40) or steps (direct@steps)"
+            )
+        if inner.step is not None or inner.steps:
+            raise self.wrong(node, "the step is given twice")
+        return replace(inner, steps=True) if word == "steps" else replace(inner, step=int(word[4:]))
 
     def choice(self, node: ast.Set, elements: list[Value]) -> Choice:
         seen: dict[str, Value] = {}
@@ -311,12 +325,12 @@ def format_call(name: str, options: tuple[tuple[str, Value], ...]) -> str:
 
 
 def format_name(name: Name) -> str:
-    """``pruned[sparsity=0.5]@0``."""
+    """``pruned[sparsity=0.5]@0@step40``: the member, then the seed, then the step."""
     pins = (
         "[" + ", ".join(f"{key}={format_value(value)}" for key, value in name.pins) + "]" if name.pins else ""
     )
     seed = f"@{name.seed}" if name.seed is not None else ""
-    step = f"@step{name.step}" if name.step is not None else ""
+    step = "@steps" if name.steps else f"@step{name.step}" if name.step is not None else ""
     return f"{name.text}{pins}{seed}{step}"
 
 
@@ -340,10 +354,21 @@ def expand(chain: Chain) -> list[tuple[Assignment, Chain]]:
 
 def _sweeps(value: Value, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Choice]]:
     if isinstance(value, Choice):
-        yield path or ("stage",), value
+        yield path or ("stage",), Choice(tuple(_chosen_within(value)))
     elif isinstance(value, Call):
         for option, inner in value.options:
             yield from _sweeps(inner, (*path, value.name, option))
+
+
+def _chosen_within(value: Value) -> list[Value]:
+    """All values without a sweep that a value stands for: a stage of a sweep may have sweeps of its own."""
+    if isinstance(value, Choice):
+        return [found for element in value.elements for found in _chosen_within(element)]
+    if not isinstance(value, Call):
+        return [value]
+    names = [option for option, _ in value.options]
+    products = itertools.product(*(_chosen_within(inner) for _, inner in value.options))
+    return [Call(value.name, tuple(zip(names, found, strict=True))) for found in products]
 
 
 def _choose(value: Value, chosen: Iterator[Value]) -> Value:

@@ -16,12 +16,15 @@ from methods import stage
 from methods.find import Catalogue, Found, nearest
 from methods.stage import AssayError, Component, How, Parent
 from workflows.notation import Call, Name, Value, format_call, format_value
+from workflows.record import PARTS, Part
 
 # Options that `scale=smoke` sets wherever a method or evaluation has them.
 SMOKE: dict[str, Any] = {
     "steps": 2, "epochs": None, "batch": 4, "limit": 8, "sequences": 8, "generate": 4, "context_tokens": 64,
-    "stride_tokens": None, "probe_every": 1, "max_new_tokens": 8, "repeats": 1, "checkpoints": (), "warmup_steps": 0,
+    "stride_tokens": None, "probe_every": 1, "max_new_tokens": 8, "repeats": 1, "warmup_steps": 0,
 }  # fmt: skip
+# Of the steps at which models are kept, the one that any run has.
+SMOKE_KEPT = (1,)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class OptionField:
     reference: bool
     optional: bool
 
+    @property
+    def part(self) -> Part:
+        """What a reference reads of the other result."""
+        return next((part for part in PARTS if part == self.kind), "model")
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -49,14 +57,14 @@ class Resolved:
     label: str
 
 
-Refer = Callable[[str, Name], Parent]
+Refer = Callable[[OptionField, Name], Parent]
 
 
 def resolve(call: Call, found: Found, catalogue: Catalogue, refer: Refer, smoke: bool = False) -> Resolved:
     """Complete and validate a call.
 
     Args:
-        refer: turns a reference (option name, name as written) into the id of the result it means.
+        refer: turns a reference (the option, the name as written) into the id of the result it means.
     Raises:
         AssayError: an unknown or missing option, a wrong type or value, with the nearest valid word.
     """
@@ -169,6 +177,8 @@ class _Builder:
             if value is None or not isinstance(given.get(option.name, option.default), (int, float)):
                 return value
             return min(value, given.get(option.name, option.default))
+        if self.smoke and option.name == "checkpoints" and given.get(option.name):
+            return SMOKE_KEPT
         if option.name in given:
             return self.convert(method, option, given[option.name])
         if option.default is dataclasses.MISSING:
@@ -197,14 +207,14 @@ class _Builder:
     def reference(self, method: str, option: OptionField, name: Name) -> Parent:
         if option.reference:
             self.references.append((option.name, name))
-            return self.refer(option.name, name)
+            return self.refer(option, name)
         kinds = self.catalogue.component_kinds(name.text)
         if option.kind in kinds:
             raise AssayError(f"{method}: {name.text} is a component; write {option.name}={name.text}().")
         raise AssayError(f"{method}: {name.text} is no value for {option.name}; text needs quotes.")
 
     def component(self, method: str, option: OptionField, call: Call) -> Component:
-        if option.kind is None or option.kind == "dataset":
+        if option.reference or option.kind is None or option.kind == "dataset":
             raise AssayError(f"{method}: {option.name} takes no component, but {format_value(call)} is one.")
         found = self.catalogue.component(option.kind, call.name)
         self.components.append(found)
@@ -233,13 +243,17 @@ class _Builder:
         items = value if isinstance(value, tuple) else (value,)
         for item in items:
             if not (isinstance(item, wanted) or (item is None and option.optional)):
-                what = (
-                    "the name of a chain or model"
-                    if option.reference
-                    else f"a component of kind {option.kind}"
-                )
+                what = _wanted(option)
                 raise AssayError(f"{method}: {option.name}={format_value(item)}: this option takes {what}.")
         return value
+
+
+def _wanted(option: OptionField) -> str:
+    if not option.reference:
+        return f"a component of kind {option.kind}"
+    if option.part == "model":
+        return "the name of a chain or model"
+    return f"the name of a chain that writes {option.part}/"
 
 
 # --- JSON form ------------------------------------------------------------------------------------------------

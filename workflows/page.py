@@ -16,8 +16,8 @@ import pandas as pd
 
 from workflows import chance
 from workflows.figures import Drawn
+from workflows.grid import Table, Text
 from workflows.measured import Measured
-from workflows.tables import Table, Text
 from workflows.verdicts import MORE_SEEDS, NOT_RUN, Verdict
 
 if TYPE_CHECKING:

@@ -15,10 +15,12 @@ from typing import Any
 from methods.find import catalogue
 from methods.stage import AssayError
 from workflows import experiment as experiments
-from workflows.chains import Builder, Point, Shown
+from workflows.chains import Builder, Point
 from workflows.experiment import Experiment
 from workflows.record import Job, ParentRef, Store, write_atomic
+from workflows.scores import Shown, scores
 from workflows.settings import Settings, from_arguments
+from workflows.specs import check_experiment
 
 
 @dataclass
@@ -123,8 +125,8 @@ def build(experiment: Experiment, settings: Settings) -> Plan:
     for chain in experiment.chains:
         plan.points.extend(builder.points_of_chain(chain))
     for entry, evaluation in experiment.evaluate.items():
-        plan.shown.extend(builder.scores(entry, evaluation))
-    builder.check_references_in_tables()
+        plan.shown.extend(scores(builder, entry, evaluation))
+    check_experiment(experiment)
     return plan
 
 

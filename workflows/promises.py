@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from methods.find import catalogue
 from methods.stage import AssayError, NotFinite
-from workflows.record import FileEntry, Job, Store, file_sha256
+from workflows.parts import parts_of
+from workflows.record import PARTS, FileEntry, Job, Store, file_sha256
 
 # Spoken to in the same way: these files of the parent must reappear byte for byte.
 SPEECH = (
@@ -24,13 +26,15 @@ def check(store: Store, job: Job, folder: Path) -> str:
     """Check a stage's result. Returns the Auto class it loads with (empty for data and files).
 
     Raises:
-        AssayError: nothing was written, a model does not load, lost a zero it had to keep, or changed how it is
-            spoken to. ``NotFinite``: a weight is not a finite number.
+        AssayError: other parts were written than ``RESULT`` names, a model does not load, lost a zero it had to keep,
+            or changed how it is spoken to. ``NotFinite``: a weight is not a finite number.
     """
+    promised = parts_of(catalogue().method(job.method).load())
+    _check_parts(job, folder, promised)
+    for part in set(promised) - {"model"}:
+        _check_bundle(job, folder / part)
     models = sorted(path for path in folder.glob("model*") if path.is_dir())
     if not models:
-        if not any((folder / kind).is_dir() for kind in ("data", "files")):
-            raise AssayError(f"{job.method} wrote neither model/ nor data/ nor files/.")
         return ""
     parent = job.parents.get("model")
     parent_folder = store.parent_folder(parent) if parent else None
@@ -41,6 +45,30 @@ def check(store: Store, job: Job, folder: Path) -> str:
             if job.config.get("keep_zeros", True):
                 _check_zeros(job, parent_folder, model)
     return "AutoModelForCausalLM"
+
+
+def _check_parts(job: Job, folder: Path, promised: tuple[str, ...]) -> None:
+    """The planner tells from ``RESULT`` what other stages may read."""
+    for part in PARTS:
+        written = (folder / part).is_dir() and any((folder / part).iterdir())
+        if part in promised and not written:
+            raise AssayError(f"{job.method} wrote no {part}/, which its RESULT promises.")
+        if written and part not in promised:
+            raise AssayError(f"{job.method} wrote {part}/, which its RESULT does not name.")
+
+
+def _check_bundle(job: Job, folder: Path) -> None:
+    """Rows can be read, and nothing in ``data/`` or ``files/`` runs code or lies elsewhere."""
+    from methods.checkpoint import PICKLES
+    from methods.data import read_rows
+
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or path.suffix in PICKLES:
+            what = "a link" if path.is_symlink() else "a pickle"
+            raise AssayError(f"{job.method} wrote {what}, {folder.name}/{path.relative_to(folder)}: write a "
+                             "safetensors, JSON, CSV or parquet file.")  # fmt: skip
+    if folder.name == "data":
+        read_rows(folder)
 
 
 def _check_loads(job: Job, folder: Path) -> None:

@@ -14,16 +14,21 @@ from methods.stage import AssayError
 _CURVES = ("chain", "label", "model_id", "seed", "method", "step", "term", "value")
 _JOBS = (
     "id", "kind", "label", "method", "status", "energy_kwh", "energy_source", "update_lost_in_saving", "stale",
-    "chains",
+    "chains", "parents",
 )  # fmt: skip
 _RESULTS = ("chain", "label", "seed", "evaluation", "entry", "task", "metric", "value", "status")
 _RESULTS_EMPTY_WHERE_ABSENT = (
-    "experiment", "model_id", "score_id", "base", "family", "method", "options", "swept", "unit", "better", "stderr",
+    "experiment", "model_id", "score_id", "base", "family", "method", "options", "swept", "step", "unit", "better",
+    "stderr",
 )  # fmt: skip
 
 
 def read_rows(path: Path) -> pd.DataFrame:
-    """A results table: text columns as text, ``value`` and ``stderr`` as numbers (nan where empty)."""
+    """A results table: text columns as text, ``value`` and ``stderr`` as numbers (nan where empty).
+
+    ``step`` is empty for the end of a chain and a whole number, as text, for a model that its last stage kept; a
+    table from before there were kept models has ends only.
+    """
     if not path.is_file():
         raise AssayError(f"{path}: there is no such results table; draw a report from a folder that has one.")
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -35,6 +40,9 @@ def read_rows(path: Path) -> pd.DataFrame:
             frame[name] = ""
     for name in ("value", "stderr"):
         frame[name] = pd.to_numeric(frame[name], errors="coerce").astype(float)
+    wrong = [step for step in frame["step"] if step and not step.isdecimal()]
+    if wrong:
+        raise AssayError(f"{path}: step {wrong[0]!r} is no whole number; it is empty for the end of a chain.")
     return frame
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,6 +20,10 @@ from methods.stage import AssayError
 VERSION = 1
 T = TypeVar("T", bound="_File")
 PATIENCE_SECONDS = 60.0
+# what a result may consist of; a stage's ``RESULT`` says which
+Part = Literal["model", "data", "files"]
+PARTS: tuple[Part, ...] = get_args(Part)
+SPENT_LATER = "spent_at_step.json"
 
 
 class _File(BaseModel):
@@ -27,11 +31,25 @@ class _File(BaseModel):
 
 
 class ParentRef(_File):
-    """A result that a job reads. ``path`` is set for folders outside the results (a user's model)."""
+    """What a job reads of a result: its model (of a ``step``, where one is named), its data or its files.
+
+    ``path`` is set for folders outside the results (a user's model).
+    """
 
     id: str
     path: str | None = None
     step: int | None = None
+    kind: Part = "model"
+
+    @property
+    def part(self) -> str:
+        """The name of the folder inside the result: ``model``, ``model@40``, ``data`` or ``files``."""
+        return self.kind if self.step is None else f"model@{self.step}"
+
+    @property
+    def shown(self) -> str:
+        """The id of a model as tables show it: ``unlearn.npo-0123456789ab@step40``."""
+        return self.id if self.step is None else f"{self.id}@step{self.step}"
 
 
 class _Described(_File):
@@ -94,7 +112,13 @@ class RowEntry(_File):
 
 
 class Record(_Described):
-    """What a finished job leaves beside its result."""
+    """What a finished job leaves beside its result.
+
+    Energy and ``seconds_inside`` are sums over all attempts. ``notes`` are the method's own; those of a training run
+    are ``steps``, ``tokens_seen``, ``parameters``, ``nonzero_before``, ``nonzero_after``, ``processes``, ``device``,
+    the precisions ``load_dtype``, ``master_dtype``, ``compute_dtype`` and ``saved_dtype``, ``update_lost_in_saving``
+    (a share) and ``spent_at_step``: for each kept step the ``kwh`` and ``seconds`` that all attempts had used by then.
+    """
 
     attempts: int
     start: float
@@ -168,19 +192,27 @@ class Store:
             if ".tmp-" not in entry.name and os.path.exists(os.path.join(entry.path, "record.json"))
         }
 
-    def has_weights(self, job_id: str) -> bool:
-        """Whether the result still has more than its record (weights may be cleaned away)."""
-        folder = self.result(job_id)
-        return any((folder / part).exists() for part in ("model", "data", "files"))
+    def is_whole(self, job_id: str) -> bool:
+        """Whether each of model, data and files that the record names is still there (weights may be cleaned away)."""
+        recorded = {entry.path.partition("/")[0] for entry in read_record(self.record(job_id)).files}
+        return all((self.result(job_id) / part).is_dir() for part in recorded.intersection(PARTS))
 
     def parent_folder(self, parent: ParentRef) -> Path:
-        """The folder in Hugging Face layout that a reference means."""
+        """The folder that a reference means: in Hugging Face layout, or a stage's ``data/`` or ``files/``."""
         if parent.path is not None:
             return Path(parent.path)
         if parent.id.startswith("model.hub-"):
             return self.root / "models" / _checked(parent.id)
-        name = "model" if parent.step is None else f"model@{parent.step}"
-        return self.result(parent.id) / name
+        return self.result(parent.id) / parent.part
+
+    def spent_at_step(self, record: Record) -> dict[str, dict[str, float]]:
+        """What a stage had used by its kept steps: ``{"40": {"kwh": …, "seconds": …}}``, as far as it is known.
+
+        Steps that were asked for after the record was written have their numbers in a file beside it.
+        """
+        later = self.result(record.id) / SPENT_LATER
+        found = json.loads(later.read_text(encoding="utf-8")) if later.is_file() else {}
+        return {**found, **record.notes.get("spent_at_step", {})}
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -280,15 +312,20 @@ def _read(path: Path, kind: type[T], what: str) -> T:
         raise AssayError(f"{path} is no {what} of this version: {place}: {first['msg']}.") from None
 
 
-def open_result(store: Store, job_id: str, patience_seconds: float = PATIENCE_SECONDS) -> Record:
+def open_result(
+    store: Store, job_id: str, part: str | None = None, patience_seconds: float = PATIENCE_SECONDS
+) -> Record:
     """The record of a finished job, once all its files are there with the sizes it names.
 
+    Args:
+        part: look at the files of this folder only (``model``, ``model@40``, ``data`` or ``files``): another part
+            may have been cleaned away.
     Raises:
         AssayError: the result is not complete within ``patience_seconds``.
     """
     deadline = time.monotonic() + patience_seconds
     while True:
-        missing = _incomplete(store, job_id)
+        missing = _incomplete(store, job_id, part)
         if missing is None:
             return read_record(store.record(job_id))
         if time.monotonic() > deadline:
@@ -298,11 +335,13 @@ def open_result(store: Store, job_id: str, patience_seconds: float = PATIENCE_SE
         time.sleep(0.2)
 
 
-def _incomplete(store: Store, job_id: str) -> str | None:
+def _incomplete(store: Store, job_id: str, part: str | None) -> str | None:
     if not store.record(job_id).is_file():
         return "there is no record.json"
     record = read_record(store.record(job_id))
     for entry in record.files:
+        if part is not None and entry.path.partition("/")[0] != part:
+            continue
         path = store.result(job_id) / entry.path
         if not path.is_file():
             return f"{entry.path} is missing"

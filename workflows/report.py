@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 from methods.stage import AssayError
 from workflows import against, figures, page, tables, typeset, verdicts
 from workflows.figures import Drawn
+from workflows.grid import Table
 from workflows.measured import Measured
-from workflows.tables import Table
 from workflows.verdicts import Verdict
 
 T = TypeVar("T")

@@ -6,6 +6,7 @@ folder. The first rename wins. A job that fails leaves ``failed/<id>.json`` and 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -27,6 +28,7 @@ from workflows.claim import Claim
 from workflows.lease import cards_for, lease
 from workflows.options import decode_config
 from workflows.record import (
+    SPENT_LATER,
     Failure,
     Job,
     Record,
@@ -76,8 +78,6 @@ def _run_all(store: Store, ids: list[str]) -> None:
 
 def _batch(job_id: str, receipt: Path | None) -> list[str]:
     """The scores this leader runs; by hand a job runs alone."""
-    import json
-
     path = receipt.parent / "batches.json" if receipt else None
     if path is None or not path.is_file():
         return [job_id]
@@ -114,11 +114,11 @@ def _run_claimed(store: Store, job: Job, models: Any) -> None:
 
 
 def _done(store: Store, job: Job) -> bool:
-    """A score is done with its record; a stage also needs what its readers read: weights, and kept steps."""
+    """A score is done with its record; a stage also needs what its readers read: all it wrote, and kept steps."""
     if not store.record(job.id).is_file():
         return False
     kept = [store.result(job.id) / f"model@{step}" for step in job.config.get("checkpoints") or ()]
-    return job.kind == "score" or (store.has_weights(job.id) and all(folder.is_dir() for folder in kept))
+    return job.kind == "score" or (store.is_whole(job.id) and all(folder.is_dir() for folder in kept))
 
 
 @dataclass
@@ -150,9 +150,8 @@ class _Attempt:
         with _logged(self.temporary / "log.txt"), using(self._outside):
             self._seed()
             self.account.start()
-            start = time.monotonic()
             notes, rows = self._stage() if self.job.kind == "stage" else self._score()
-            self.seconds_inside = time.monotonic() - start
+            self.seconds_inside = self.account.seconds()
             auto_class = ""
             if self.job.kind == "stage":
                 auto_class = promises.check(self.store, self.job, self.temporary)
@@ -186,7 +185,7 @@ class _Attempt:
         for parent in self.job.parents.values():
             folder = self.store.parent_folder(parent)
             if parent.path is None and not parent.id.startswith("model.hub-"):
-                open_result(self.store, parent.id)
+                open_result(self.store, parent.id, parent.part)
             if not folder.is_dir():
                 raise AssayError(f"{folder} is not there; run snakemake again to make it.")
 
@@ -234,7 +233,7 @@ class _Attempt:
         import importlib
 
         module = self.found.load()
-        stage = Stage(method=self.job.method, **self._common())
+        stage = Stage(method=self.job.method, spent=self.account.spent, **self._common())
         if hasattr(module, "run"):
             module.run(stage)
         else:
@@ -255,9 +254,10 @@ class _Attempt:
     def _publish(self, notes: dict[str, Any], rows: list[Row], auto_class: str) -> None:
         energy = self.account.stop()
         inside = self.seconds_inside
+        inside_now = inside - self.account.earlier_seconds
         record = Record(
             **self.job.description, attempts=self.account.attempts, start=self.begun, end=time.time(),
-            seconds_inside=inside, seconds_outside=time.monotonic() - self.started - inside,
+            seconds_inside=inside, seconds_outside=time.monotonic() - self.started - inside_now,
             resumed_from_step=int(notes.pop("resumed_from_step", 0) or 0), energy=energy,
             energy_attempts=self.account.history, device=str(notes.get("device", machine.device())),
             processes=int(notes.get("processes", 1)), peak_memory_mb=machine.peak_memory_mb(),
@@ -338,17 +338,18 @@ def _publish_folder(store: Store, job: Job, temporary: Path, record: Record) -> 
         if not store.record(job.id).is_file():
             raise
         if not _done(store, job):
-            _put_weights_back(store, job, temporary, record)
+            _put_back(store, job, temporary, record)
     _sync_folder(final.parent)
 
 
-def _put_weights_back(store: Store, job: Job, temporary: Path, record: Record) -> None:
-    """Weights that were cleaned away return to the record they belong to, if they are the same bits."""
-    before = {entry.path: entry.sha256 for entry in read_record(store.record(job.id)).files}
+def _put_back(store: Store, job: Job, temporary: Path, record: Record) -> None:
+    """What was cleaned away returns to its record, if it is the same bits; steps that are kept only now join it."""
+    before = read_record(store.record(job.id))
+    digests = {entry.path: entry.sha256 for entry in before.files}
     changed = [
-        e.path
-        for e in record.files
-        if e.path.startswith("model") and before.get(e.path, e.sha256) != e.sha256
+        entry.path
+        for entry in record.files
+        if "/" in entry.path and digests.get(entry.path, entry.sha256) != entry.sha256
     ]
     if changed:
         raise AssayError(
@@ -358,6 +359,9 @@ def _put_weights_back(store: Store, job: Job, temporary: Path, record: Record) -
     for part in sorted(temporary.iterdir()):
         if part.is_dir() and not (store.result(job.id) / part.name).exists():
             os.rename(part, store.result(job.id) / part.name)
+    spent = store.spent_at_step(record) | store.spent_at_step(before)
+    if spent != store.spent_at_step(before):
+        write_atomic(store.result(job.id) / SPENT_LATER, json.dumps(spent))
 
 
 def _sync(folder: Path) -> None:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from methods.stage import AssayError
 from workflows import draw
 from workflows.axes import Spec, finish, quantity, quantity_label, sd_or_zero
+from workflows.columns import Cell, Column
 from workflows.draw import Label
-from workflows.measured import Cell, ChainRun, Column, Measured
-from workflows.tables import badness, scale, unit
+from workflows.grid import badness, scale, unit
+from workflows.measured import ChainRun, Measured
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from methods.find import nearest
 from methods.stage import AssayError
-from workflows.record import Failure, Job, Record, Store, read_failure, read_job, read_record
+from workflows.record import Failure, Job, ParentRef, Record, Store, read_failure, read_job, read_record
 
 
 def describe(store: Store, job_id: str) -> str:
@@ -37,7 +37,7 @@ def _record_page(store: Store, record: Record) -> str:
         f"{record.id}: finished {_time(record.end)}",
         f"label      {record.label}",
         f"config     {record.config}",
-        f"parents    {', '.join(f'{key}={parent.id}' for key, parent in record.parents.items()) or 'none'}",
+        f"parents    {', '.join(_parent(key, parent) for key, parent in record.parents.items()) or 'none'}",
         f"seed       {record.seed}    attempts {record.attempts}    resumed from step {record.resumed_from_step}",
         f"time       {record.seconds_inside:.2f} s inside the method, {record.seconds_outside:.2f} s outside",
         f"energy     {energy['total_kwh']:.3g} kWh {energy['label']} ({energy.get('source')})",
@@ -53,6 +53,11 @@ def _record_page(store: Store, record: Record) -> str:
         f"score      {row.task} {row.metric} = {row.value} ± {row.stderr} (n={row.n})" for row in record.rows
     ]
     return "\n".join(lines)
+
+
+def _parent(option: str, parent: ParentRef) -> str:
+    """``model=train.sft-0123456789ab``, with the part that is read where it is no model's end."""
+    return f"{option}={parent.id}" + ("" if parent.part == "model" else f"/{parent.part}")
 
 
 def _failure_page(failure: Failure) -> str:

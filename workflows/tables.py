@@ -1,71 +1,46 @@
-"""Tables of an experiment: what every cell says, which cell is bold, and why.
+"""Tables of an experiment: a row for every chain and a column for every quantity, or chains at equal levels.
 
-A cell is ``mean ± sd (n)`` over n distinct results. The best of a column is bold only where its lead over the
-runner-up is beyond chance. What failed says so instead of a number.
+``trade_off: {rows: chain, columns: [forget10.forget_quality, forget10.model_utility, energy.chain_kwh]}``
+``matched: {kind: matched, at: forget10.forget_nll, levels: [1, 2, 3], columns: [forget10.model_utility, step]}``
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from methods.stage import AssayError
-from workflows import chance
-from workflows.measured import Cell, ChainRun, Column, Measured
-
-ROWS = ("chain", "method", "label")
-KEYS = ("rows", "columns", "of", "title")
-NOTHING = "–"
-LOST_SHARE = 0.05
-ARROWS = {"higher": "↑", "lower": "↓", "closer_to_0": "→0", "closer_to_1": "→1"}
-DECIMALS_AT_MOST = 6
-WATT_HOURS_BELOW_KWH = 0.1
-
-
-@dataclass(frozen=True)
-class Text:
-    """A cell as it is shown; ``value`` is what sorting goes by."""
-
-    text: str
-    bold: bool = False
-    value: float | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A drawn table. ``numbers`` is the same as plain columns, in the units of results.csv."""
-
-    name: str
-    title: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[Text, ...], ...]
-    notes: tuple[str, ...]
-    numbers: pd.DataFrame
+from workflows import matched_table, specs
+from workflows.columns import Cell, Column
+from workflows.grid import Table, Text, column_numbers, explanation, header, marks, names, shown
+from workflows.measured import Measured
 
 
 def table(measured: Measured, name: str, spec: Mapping[str, Any]) -> Table:
     """Draw one table. Raises ``AssayError`` on a specification that cannot be drawn."""
-    _check(name, spec)
+    specs.check(f"tables.{name}", spec, "tables")
+    draw = matched_table.table if specs.kind_of(spec, "tables") == "matched" else _plain
+    return draw(measured, name, spec)
+
+
+def _plain(measured: Measured, name: str, spec: Mapping[str, Any]) -> Table:
     runs = measured.chosen(spec.get("of"))
     columns, notes = _columns(measured, spec["columns"])
     cells = {run.key: [measured.cell(run, column) for column in columns] for run in runs}
     runs = [run for run in runs if any(cell.known for cell in cells[run.key])]
     grid = [cells[run.key] for run in runs]
-    names, marks = _names(measured, runs, spec.get("rows", "chain")), _marks(measured, runs, grid)
-    shown = [_shown(column, [row[place] for row in grid]) for place, column in enumerate(columns)]
+    by = spec.get("rows", "chain")
+    called, marked = names(measured, runs, by), marks(measured, runs, grid)
+    texts = [shown(column, [row[place] for row in grid]) for place, column in enumerate(columns)]
     rows = tuple(
-        (Text(names[place] + marks[place][0]), *(each[place] for each in shown)) for place in range(len(runs))
+        (Text(called[place] + marked[place][0]), *(each[place] for each in texts))
+        for place in range(len(runs))
     )
-    headers = (
-        spec.get("rows", "chain"),
-        *(_header(c, [row[i] for row in grid]) for i, c in enumerate(columns)),
-    )
-    about = [_explanation(rows), *notes, *dict.fromkeys(note for _, each in marks for note in each)]
-    return Table(name, spec.get("title", ""), headers, rows, tuple(about), _numbers(names, columns, grid))
+    headers = (by, *(header(column, [row[place] for row in grid]) for place, column in enumerate(columns)))
+    about = [explanation(rows), *notes, *dict.fromkeys(note for _, each in marked for note in each)]
+    return Table(name, spec.get("title", ""), headers, rows, tuple(about), _numbers(called, columns, grid))
 
 
 def default_specs(measured: Measured) -> dict[str, dict[str, Any]]:
@@ -73,24 +48,9 @@ def default_specs(measured: Measured) -> dict[str, dict[str, Any]]:
     rows = measured.results[measured.results["metric"] != ""]
     entries = {entry: [f"{entry}.{metric}" for metric in dict.fromkeys(part["metric"])]
                for entry, part in rows.groupby("entry", sort=False)}  # fmt: skip
-    costs = [name for entry in ("energy", "time", "memory") for name in entries.pop(entry, [])]
-    specs = {entry: {"columns": names} for entry, names in entries.items()}
-    return specs | ({"cost": {"columns": costs}} if costs else {})
-
-
-# --- specification ----------------------------------------------------------------------------------------
-
-
-def _check(name: str, spec: Mapping[str, Any]) -> None:
-    unknown = sorted(set(spec) - set(KEYS))
-    if unknown:
-        raise AssayError(f"tables.{name}: there is no key {unknown[0]!r}; a table has {', '.join(KEYS)}.")
-    if not spec.get("columns"):
-        raise AssayError(
-            f"tables.{name}: columns names what is shown, e.g. [forget10.model_utility, energy.chain_kwh]."
-        )
-    if spec.get("rows", "chain") not in ROWS:
-        raise AssayError(f"tables.{name}: rows is one of {', '.join(ROWS)}.")
+    costs = [name for entry in specs.COSTS for name in entries.pop(entry, [])]
+    wanted = {entry: {"columns": columns} for entry, columns in entries.items()}
+    return wanted | ({"cost": {"columns": costs}} if costs else {})
 
 
 def _columns(measured: Measured, references: Sequence[str]) -> tuple[list[Column], list[str]]:
@@ -104,158 +64,10 @@ def _columns(measured: Measured, references: Sequence[str]) -> tuple[list[Column
     return columns, notes
 
 
-def _names(measured: Measured, runs: Sequence[ChainRun], by: str) -> list[str]:
-    """What each row is called; chains of the same method or label are told apart by their own name."""
-    if by == "chain":
-        return [measured.shown_name(run) for run in runs]
-    plain = [getattr(run, by) or run.label for run in runs]
-    return [name if plain.count(name) == 1 else f"{name} [{measured.shown_name(run)}]"
-            for name, run in zip(plain, runs, strict=True)]  # fmt: skip
-
-
-# --- marks ------------------------------------------------------------------------------------------------
-
-
-def _marks(
-    measured: Measured, runs: Sequence[ChainRun], grid: Sequence[Sequence[Cell]]
-) -> list[tuple[str, list[str]]]:
-    """For every row its marks and what they mean: updates lost in saving, results of older code."""
-    return [_mark(measured.jobs, run, cells) for run, cells in zip(runs, grid, strict=True)]
-
-
-def _mark(jobs: pd.DataFrame, run: ChainRun, cells: Sequence[Cell]) -> tuple[str, list[str]]:
-    shown = {sample.id for cell in cells for sample in cell.samples}
-    within = jobs["chains"].str.split(";").map(lambda names: run.name in [name.strip() for name in names])
-    own = jobs[(jobs["source"] == run.source) & (within | jobs["id"].isin(shown))]
-    lost = pd.to_numeric(own["update_lost_in_saving"], errors="coerce").max()
-    marks, notes = "", []
-    if lost > LOST_SHARE:
-        marks, notes = (
-            " †",
-            [
-                f"† {run.name}: saving lost {lost:.0%} of a stage's update (its weights are stored too coarsely)."
-            ],
-        )
-    if own["stale"].str.lower().isin(["true", "1"]).any():
-        marks, notes = marks + " ‡", [*notes, "‡ made by older code of the same recipe (keep_stale=true)."]
-    return marks, notes
-
-
-def _explanation(rows: Sequence[Sequence[Text]]) -> str:
-    bold = any(cell.bold for row in rows for cell in row)
-    lead = "Bold: ahead of the runner-up" if bold else "Bold (nowhere here): ahead of the runner-up"
-    return f"A cell is mean ± sd (n distinct results). {lead} beyond chance, {chance.TEST}. {NOTHING}: not measured."
-
-
-# --- cells ------------------------------------------------------------------------------------------------
-
-
-def _shown(column: Column, cells: Sequence[Cell]) -> list[Text]:
-    factor = scale(column, cells)
-    means = [abs(cell.mean) * factor for cell in cells if cell.samples]
-    decimals = _decimals(max(means, default=0.0))
-    best, mixed = leader(column, cells), len(_kinds(cells)) > 1
-    return [_text(cell, factor, decimals, place == best, mixed) for place, cell in enumerate(cells)]
-
-
-def _text(cell: Cell, factor: float, decimals: int, bold: bool, mixed: bool) -> Text:
-    lost = ", ".join(
-        status if count == 1 and not cell.samples else f"{count} {status}"
-        for status, count in cell.statuses.items()
-    )
-    if not cell.samples:
-        only = next(iter(cell.statuses)) if len(cell.statuses) == 1 else lost
-        return Text(only or NOTHING)
-    text = number(cell.mean * factor, cell.sd * factor, decimals) + f" ({cell.n})"
-    kind = f" {'/'.join(_kinds([cell]))}" if mixed and _kinds([cell]) else ""
-    return Text(text + kind + (f", {lost}" if lost else ""), bold, cell.mean)
-
-
-def number(mean: float, sd: float, decimals: int) -> str:
-    """``0.223 ± 0.019``; ``2.1e-20`` where the column's decimals would hide the number."""
-    small = mean != 0 and abs(mean) < 10**-decimals / 2
-    if decimals > DECIMALS_AT_MOST or small or abs(mean) >= 1e7:
-        return f"{mean:.1e}" if math.isnan(sd) else f"{mean:.1e} ± {sd:.0e}"
-    if abs(mean) >= 1:  # three digits, also beside much larger numbers
-        decimals = max(decimals, 2 - math.floor(math.log10(abs(mean))))
-    if math.isnan(sd):
-        return f"{mean:.{decimals}f}"
-    if sd > 0:  # a spread is never rounded away
-        decimals = max(decimals, min(DECIMALS_AT_MOST, -math.floor(math.log10(sd))))
-    return f"{mean:.{decimals}f} ± {sd:.{decimals}f}" if sd else f"{mean:.{decimals}f} ± 0"
-
-
-def _decimals(largest: float) -> int:
-    """About three digits after the first for numbers above one, three significant ones below."""
-    if largest == 0:
-        return 3
-    magnitude = math.floor(math.log10(largest))
-    return max(0, 3 - magnitude) if magnitude >= 0 else 2 - magnitude
-
-
-def scale(column: Column, cells: Sequence[Cell]) -> float:
-    """1,000 where energies are so small that watt-hours read better than kWh."""
-    largest = max((abs(cell.mean) for cell in cells if cell.samples), default=0.0)
-    return (
-        1000.0
-        if column.entry == "energy" and column.metric.endswith("_kwh") and largest < WATT_HOURS_BELOW_KWH
-        else 1.0
-    )
-
-
-def unit(column: Column, cells: Sequence[Cell]) -> str:
-    """The unit as shown, with how energy was obtained where that is the same everywhere."""
-    if column.entry != "energy" or not column.metric.endswith("_kwh"):
-        return column.unit
-    kinds = _kinds(cells)
-    return ("Wh" if scale(column, cells) > 1 else "kWh") + (f", {kinds[0]}" if len(kinds) == 1 else "")
-
-
-def _kinds(cells: Sequence[Cell]) -> list[str]:
-    """``measured``, ``estimated, shared`` …: what stands after kWh."""
-    words = [word.partition("kWh ")[2] for cell in cells for word in cell.units]
-    return sorted(dict.fromkeys(word for word in words if word))
-
-
-def _header(column: Column, cells: Sequence[Cell]) -> str:
-    name = column.name.removesuffix("_kwh") if column.entry == "energy" else column.name
-    said = unit(column, cells)
-    return " ".join(filter(None, [name, f"({said})" if said else "", ARROWS.get(column.better, "")]))
-
-
-# --- the best of a column ---------------------------------------------------------------------------------
-
-
-def badness(value: float, better: str) -> float:
-    """Smaller is better, whatever the metric's own direction is."""
-    aim = {"closer_to_0": 0.0, "closer_to_1": 1.0}.get(better)
-    return -value if better == "higher" else value if aim is None else abs(value - aim)
-
-
-def leader(column: Column, cells: Sequence[Cell]) -> int | None:
-    """The place of the best cell if its lead over the runner-up is beyond chance, else None."""
-    if not column.better or column.is_cost:
-        return None
-    values = {place: {seed: badness(value, column.better) for seed, value in cell.by_seed.items()}
-              for place, cell in enumerate(cells) if cell.samples}  # fmt: skip
-    order = sorted(values, key=lambda place: chance.mean(list(values[place].values())))
-    if len(order) < 2 or not chance.beyond_chance(values[order[0]], values[order[1]]):
-        return None
-    return order[0]
-
-
-def _numbers(names: Sequence[str], columns: Sequence[Column], grid: Sequence[Sequence[Cell]]) -> pd.DataFrame:
-    frame: dict[str, list[Any]] = {"row": list(names)}
+def _numbers(
+    called: Sequence[str], columns: Sequence[Column], grid: Sequence[Sequence[Cell]]
+) -> pd.DataFrame:
+    frame: dict[str, list[Any]] = {"row": list(called)}
     for place, column in enumerate(columns):
-        cells = [row[place] for row in grid]
-        frame[column.name] = [cell.mean for cell in cells]
-        frame[f"{column.name} sd"] = [cell.sd for cell in cells]
-        frame[f"{column.name} n"] = [cell.n for cell in cells]
-        frame[f"{column.name} unit"] = ["; ".join(cell.units) for cell in cells]
-        frame[f"{column.name} status"] = [_status(cell) for cell in cells]
+        frame |= column_numbers(column, [row[place] for row in grid])
     return pd.DataFrame(frame)
-
-
-def _status(cell: Cell) -> str:
-    lost = [f"{count} {status}" for status, count in cell.statuses.items()]
-    return ", ".join((["ok"] if cell.samples else []) + lost) or "not measured"

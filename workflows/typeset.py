@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from workflows.tables import Table
+from workflows.grid import Table
 
 
 def markdown(drawn: Table, origin: str) -> str:
@@ -60,7 +60,8 @@ def latex(drawn: Table, origin: str) -> str:
     wide = len(drawn.headers)
     lines = [f"% {origin}", rf"\begin{{tabular}}{{l{'r' * (wide - 1)}}}", r"\toprule"]
     lines += [_latex_row(drawn.headers), r"\midrule"]
-    for row in drawn.rows:
+    for place, row in enumerate(drawn.rows):
+        lines += [r"\midrule"] if place in drawn.breaks else []
         lines.append(
             " & ".join(rf"\textbf{{{escape_latex(c.text)}}}" if c.bold else escape_latex(c.text) for c in row)
             + r" \\"

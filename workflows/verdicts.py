@@ -19,7 +19,8 @@ import pandas as pd
 
 from methods.stage import AssayError
 from workflows import chance
-from workflows.measured import Cell, ChainRun, Column, Measured, Sample
+from workflows.columns import Cell, Column, Sample
+from workflows.measured import ChainRun, Measured
 
 NOT_RUN = "not run"
 MORE_SEEDS = "needs more seeds"
@@ -99,7 +100,11 @@ def parent_label(label: str) -> str:
 
 
 def matching(pattern: str, runs: Sequence[ChainRun]) -> list[ChainRun]:
-    """The chains a pattern means: one of that name, else a family, else those its last stage makes match."""
+    """The chains a pattern means: one of that name, else a family, else those its last stage makes match.
+
+    Kept models are meant only by a pattern with a step, ``direct@step40``.
+    """
+    runs = [run for run in runs if run.step is None or "@step" in pattern]
     for name in ("name", "group"):
         named = [run for run in runs if getattr(run, name) == pattern]
         if named:
@@ -124,7 +129,7 @@ def _others(claim: Mapping[str, Any], subject: ChainRun, runs: Sequence[ChainRun
 def _of_claim(
     measured: Measured, folder: str, experiment: Mapping[str, Any], claim: dict[str, Any]
 ) -> list[Verdict]:
-    runs = [run for run in measured.chains if run.source == folder]
+    runs = [run for run in measured.with_steps if run.source == folder]
     stated = (claim["method"], claim["sentence"], claim["source"], claim["scope"])
     about = (claim["subject"], _other_text(claim), claim["metric"])
     blank = Verdict(*stated, *about, 0, math.nan, math.nan, math.nan, math.nan, NOT_RUN, "", folder)

@@ -75,7 +75,12 @@ def base_parameters(model: Any) -> dict[str, Parameter]:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write the adapter in peft's layout, free of the place it was trained at."""
+    """Write the adapter in peft's layout, free of the place it was trained at.
+
+    Nothing where the weights below it were changed, too (``base_changed``): on those it came from it would be wrong.
+    """
+    if getattr(model, "base_changed", False):
+        return
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"

@@ -94,6 +94,11 @@ class Part:
         return Count(float(self.labels.numel()), f"{self.name}.positions")
 
     @property
+    def labelled(self) -> Count:
+        """Labels that count, with one at the first position, which is nobody's target."""
+        return Count(float((self.labels != IGNORED).sum()), f"{self.name}.labelled")
+
+    @property
     def answer_lengths(self) -> Tensor:
         """Labels that count, per sequence [B], from the unshifted labels."""
         return (self.labels != IGNORED).sum(1)

@@ -77,7 +77,7 @@ def run(stage: Stage, method: ModuleType) -> None:
 
     config: Recovering = stage.config
     source, taught_by = stage.parents["model"], stage.parents.get("teacher")
-    entries = check(source, taught_by, hidden=getattr(method, "HIDDEN", False)) if taught_by else None
+    entries = check_teacher(source, taught_by, hidden=getattr(method, "HIDDEN", False)) if taught_by else None
     examples = encode(
         stage.data.rows(config.data), load_tokenizer(source), Style.read(source), config.context_tokens
     )
@@ -92,7 +92,7 @@ def run(stage: Stage, method: ModuleType) -> None:
     loop.train(stage, student, config, batches, loss)
 
 
-def check(student: Path, teacher: Path, hidden: bool = False) -> int | None:
+def check_teacher(student: Path, teacher: Path, hidden: bool = False) -> int | None:
     """Whether the teacher can teach the student, from their tokenizers and configurations alone.
 
     Returns the number of vocabulary entries to cut both to, or None where they agree as they are.

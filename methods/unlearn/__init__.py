@@ -41,12 +41,16 @@ REVISION = 1
 
 
 class UnlearnBatch(Protocol):
-    """What a loss is given: as many retain rows as forget rows."""
+    """What a loss is given: as many rows of each part that the method names."""
 
     @property
     def forget(self) -> Part: ...
     @property
     def retain(self) -> Part: ...
+    @property
+    def template(self) -> Part: ...
+    @property
+    def alternate(self) -> Part: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +178,7 @@ def run(stage: Stage, method: ModuleType) -> None:
     )
     remembered = method.remembers(config) if hasattr(method, "remembers") else ()
     batches = _start.remember(stage, model, settings, batches, remembered)
+    start = loop.remember(stage, model, settings)
     if hasattr(method, "prepare"):
         method.prepare(config, model, stage, batches.parts)
 
@@ -183,7 +188,7 @@ def run(stage: Stage, method: ModuleType) -> None:
 
     outer = method.outer(config) if hasattr(method, "outer") else None
     adaptive = method.adaptive(config) if hasattr(method, "adaptive") else None
-    loop.train(stage, model, settings, batches, loss, outer=outer, adaptive=adaptive)
+    loop.train(stage, model, settings, batches, loss, outer=outer, adaptive=adaptive, start=start)
 
 
 def _following(method: ModuleType, config: Unlearning) -> dict[str, str]:
@@ -234,7 +239,7 @@ def _questions(rows: Sequence[Mapping[str, Any]], name: str) -> list[str]:
 # --- what is refused before anything runs -------------------------------------------------------------------------
 
 
-def check(config: Unlearning, data: Locator) -> None:
+def check(config: Any, data: Locator) -> None:
     """Refuse sets with empty answers, a retain set that overlaps the forget set, and lists with nothing in them.
 
     Raises:
@@ -244,7 +249,7 @@ def check(config: Unlearning, data: Locator) -> None:
     rows = {name: data.rows(getattr(config, name)) for name in named if getattr(config, name) is not None}
     for name, found in rows.items():
         _refuse_empty(name, getattr(config, name), found)
-    if isinstance(config, Retaining) and config.alpha > 0:
+    if "forget" in rows and "retain" in rows and getattr(config, "alpha", 1.0) > 0:
         _refuse_overlap(config, rows["forget"], rows["retain"])
 
 
@@ -258,13 +263,13 @@ def _refuse_empty(name: str, data: str, rows: Sequence[Mapping[str, Any]]) -> No
     if not rows:
         raise AssayError(f"{name}={data!r} has no lines: there is nothing in it.")
     for number, row in enumerate(rows):
-        if column in row and not str(row[column]).strip():
+        if (column in row or name == "refusals") and not str(row.get(column) or "").strip():
             raise AssayError(
                 f"{name}={data!r}: the {column} of row {number} is empty; fill it in or take the row out."
             )
 
 
-def _refuse_overlap(config: Retaining, forget: Sequence[Any], retain: Sequence[Any]) -> None:
+def _refuse_overlap(config: Any, forget: Sequence[Any], retain: Sequence[Any]) -> None:
     """A row is the same where its question (its text, where it has no question) is the same."""
     kept = {_identity(row): number for number, row in enumerate(retain)}
     shared = [(number, kept[_identity(row)]) for number, row in enumerate(forget) if _identity(row) in kept]
@@ -285,7 +290,7 @@ def asks(method: ModuleType, config: Unlearning) -> bool:
     return bool(method.needs_reference(config)) if hasattr(method, "needs_reference") else True
 
 
-def probe_of(config: Unlearning, text: str) -> str:
+def probe_of(config: Any, text: str) -> str:
     """``forget`` and ``retain`` alone mean the method's own sets; ``name=data set`` means itself."""
     return (
         f"{text}={getattr(config, text)}" if text in ("forget", "retain") and hasattr(config, text) else text

@@ -113,8 +113,10 @@ def captured(name: str, parent: Path, folder: Path) -> Any:
     kept: dict[str, Any] = {}
 
     def keep(stage: Stage, model: Any, settings: Any, batches: Any, loss: Any, *, outer: Any = None,
-             adaptive: Any = None, source: Path | None = None) -> None:  # fmt: skip
-        kept["run"] = loop._Run(stage, model, settings, batches, loss, outer, adaptive, parent)
+             adaptive: Any = None, source: Path | None = None, start: Any = None) -> None:  # fmt: skip
+        # The baseline has none of the terms that such numbers follow: they stay as they start.
+        fixed = adaptive and loop.Adaptive(adaptive.start, lambda values, means: values)
+        kept["run"] = loop._Run(stage, model, settings, batches, loss, outer, fixed, parent, start)
 
     with patch.object(loop, "train", keep):
         module = method.load()

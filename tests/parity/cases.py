@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -47,6 +48,49 @@ def arrays(path: Path) -> Mapping[str, numpy.ndarray]:
 def meta(path: Path) -> dict[str, Any]:
     """What an npz file says about itself in ``meta_json``."""
     return dict(json.loads(str(arrays(path)["meta_json"])))
+
+
+# Which test reads a file of the unlearning folder, told by the name of an array in it: the first that fits.
+UNLEARNING = {
+    "test_reglu.py": r"in\|loraB\d+_logits|in\|.+\|H_forget",
+    "test_rmu.py": r"in\|control_vec",
+    "test_kfade.py": r"in\|X_retain",
+    "test_metrics_unlearning.py": r"in\|tok\|.+|.+\|correct_avg_loss|.+_rougeL_f1",
+    "test_unlearning.py": r"in\|forget_logits",
+}
+
+
+def reader(path: Path) -> str | None:
+    """The test file that reads a file of the unlearning folder."""
+    found = names(path)
+    return next(
+        (test for test, one in UNLEARNING.items() if any(re.fullmatch(one, name) for name in found)), None
+    )
+
+
+def read_by(test: str) -> list[Path]:
+    """The files of the unlearning folder that a test file reads, whatever they are called."""
+    return [path for path in data_files() if reader(path) == test]
+
+
+def data_files() -> list[Path]:
+    """Everything in the unlearning folder but the text that describes it."""
+    return [
+        path for path in sorted(folder("unlearning").iterdir()) if path.is_file() and path.suffix != ".md"
+    ]
+
+
+@cache
+def names(path: Path) -> frozenset[str]:
+    """The arrays of an npz file, the keys of a JSON file and of its lists' rows; nothing of any other file."""
+    if path.suffix == ".npz":
+        with numpy.load(path, allow_pickle=False) as file:
+            return frozenset(file.files)
+    if path.suffix != ".json":
+        return frozenset()
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [row for value in found.values() if isinstance(value, list) for row in value]
+    return frozenset(found).union(*(row for row in rows if isinstance(row, dict)))
 
 
 def method(name: str) -> ModuleType:

@@ -1,7 +1,8 @@
 """Unlearning metrics against the authors' code: one test per number that the files hold.
 
 Run with ``pytest tests/parity/test_metrics_unlearning.py``; the data is described in ``tests/parity/cases.py``.
-The functions called are those that ``evaluations/tofu.py`` calls.
+The functions called are those that ``evaluations/tofu.py``, ``membership.py`` and ``muse.py`` call. Files are chosen by
+what they hold, whatever their names.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import numpy
 import pytest
 import torch
 
-from evaluations import _statistics, _unlearning
+from evaluations import _membership, _statistics, _unlearning
 from evaluations._likelihood import Answer, answers
+from evaluations.muse import overlap
 from methods.data import Part
 from tests.parity.cases import Table, agree, arrays, folder
 
@@ -37,11 +39,17 @@ SETS = {
 Stored = Mapping[str, numpy.ndarray]
 
 
+def holds_metrics(path: Path) -> bool:
+    """Whether a file has likelihoods of right and wrong answers, or of tokens, to compute metrics from."""
+    return any(name.startswith("in|tok|") or name.endswith("|correct_avg_loss") for name in arrays(path))
+
+
 def numbers() -> list[Any]:
     """(file, name of the number) for every number in the folder's metric files."""
     return [
         pytest.param(path, name, id=f"{path.stem}/{name.removeprefix('out|')}")
-        for path in sorted(FOLDER.glob("metrics*.npz"))
+        for path in sorted(FOLDER.glob("*.npz"))
+        if holds_metrics(path)
         for name in arrays(path)
         if name.startswith("out|")
     ]
@@ -116,12 +124,12 @@ def quality(stored: Stored, definition: Any, number: int) -> float:
 # --- single answers --------------------------------------------------------------------------------------------
 
 
-def token_answers(stored: Stored, name: str) -> list[Answer]:
+def token_answers(stored: Stored, name: str, logits: str = "logits") -> list[Answer]:
     """The answers that the evaluation would see of a model with these logits [B,T,V]."""
-    logits, labels = (torch.as_tensor(stored[f"in|tok|{name}|{key}"]) for key in ("logits", "labels"))
+    table, labels = (torch.as_tensor(stored[f"in|tok|{name}|{key}"]) for key in (logits, "labels"))
     ids = torch.arange(labels.numel()).view_as(labels)
     part = Part(ids, torch.ones_like(ids), labels, name)
-    return answers(Table(logits.flatten(0, 1)), part)
+    return answers(Table(table.flatten(0, 1)), part, standardized=True)
 
 
 PER_ANSWER: dict[str, Callable[[Answer], float]] = {
@@ -137,13 +145,21 @@ def per_answer(stored: Stored, name: str, metric: str, values: str | None) -> An
     return found if values else numpy.nanmean(found)
 
 
-def attack(stored: Stored, share: str | None, what: str) -> Any:
+def attack(stored: Stored, kind: str, share: str | None, what: str) -> Any:
+    """An attack's scores of one set, or its area: forgotten rows are members, the holdout's are others."""
+
     def scores(name: str) -> numpy.ndarray:
         found = token_answers(stored, name)
-        return numpy.array([_unlearning.min_k(a.losses, float(share)) if share else a.loss for a in found])
+        if kind == "reference":
+            return _membership.less_than_reference(found, token_answers(stored, name, "ref_logits"))
+        if kind == "min_k":
+            return _membership.min_k(found, float(share or "nan"))
+        if kind == "min_k_pp":
+            return _membership.min_k_plus_plus(found, float(share or "nan"))
+        return numpy.array([answer.loss for answer in found])
 
     if what == "auc":
-        return _unlearning.area_under_curve(scores("forget"), scores("holdout"))
+        return _membership.area(scores("forget"), scores("holdout")).value
     return scores(what.removesuffix("_scores"))
 
 
@@ -167,7 +183,7 @@ COMPUTED: dict[str, Callable[..., Any]] = {
         float(area), float(retained)
     ),
     r"out\|tok\|(\w+)\|(exact_memorization|extraction_strength|probability|avg_loss)(_values)?": per_answer,
-    r"out\|mia\|(?:loss|min_k_([\d.]+))\|(auc|forget_scores|holdout_scores)": attack,
+    r"out\|mia\|(loss|reference|min_k_pp|min_k)(?:_([\d.]+))?\|(auc|\w+_scores)": attack,
 }
 
 
@@ -175,10 +191,11 @@ COMPUTED: dict[str, Callable[..., Any]] = {
 
 
 def texts() -> list[Any]:
-    """(truth, generated text, name of the score, score) for every score in the folder's ROUGE files."""
+    """(truth, generated text, name of the score, score) for every score in the folder's files of text pairs."""
     found = []
-    for path in sorted(FOLDER.glob("rouge*.json")):
-        for number, pair in enumerate(json.loads(path.read_text(encoding="utf-8"))["pairs"]):
+    for path in sorted(FOLDER.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for number, pair in enumerate(content.get("pairs", []) if isinstance(content, dict) else []):
             scores = {key: value for key, value in pair.items() if "rouge" in key}
             found += [
                 pytest.param(
@@ -196,3 +213,6 @@ def test_rouge_equals_the_official_one(truth: str, text: str, name: str, expecte
         pytest.skip(f"not built yet: {name}")
     found = _unlearning.rouge(truth, text, match[2], stem=match[1] == "openunlearning")
     assert found[match[3] == "f1"] == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    if match[2] == "rougeL" and match[3] == "f1":
+        definition = {"openunlearning": "open_unlearning", "muse": "muse_bench"}[match[1]]
+        assert overlap(truth, text, definition) == found[1]

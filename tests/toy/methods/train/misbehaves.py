@@ -19,7 +19,7 @@ class Config:
 
     # which promise is broken
     way: Literal[
-        "nothing", "not_finite", "fills_zeros", "pickle", "truncated", "other_words", "memory", "time"
+        "nothing", "more", "not_finite", "fills_zeros", "pickle", "truncated", "other_words", "memory", "time"
     ]
     # whether zeros of the parent have to stay
     keep_zeros: bool = True
@@ -48,7 +48,10 @@ def _spoil(stage: Stage, way: str, folder: Path) -> None:
                 weight += 0.001
     save_model(model, folder, stage.parents["model"])
     weights = folder / "model.safetensors"
-    if way == "not_finite":
+    if way == "more":
+        (stage.folder / "files").mkdir()
+        (stage.folder / "files" / "more.txt").write_text("more")
+    elif way == "not_finite":
         _write_nan(weights)
     elif way == "pickle":
         torch.save(model.state_dict(), folder / "pytorch_model.bin")

@@ -39,6 +39,7 @@ def run(stage: Stage) -> None:
         if stage.progress.due(step + 1):
             stage.progress.save(step + 1, {"total": total}, {})
     stage.progress.release()
+    stage.notes["spent_at_step"] = {str(stage.config.steps): dict(stage.spent())}
     model = load_model(stage.parents["model"])
     with torch.no_grad():
         model.get_parameter("model.norm.weight").add_(total)

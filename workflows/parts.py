@@ -1,0 +1,46 @@
+"""What a stage reads and writes, as its method's file says: ``RESULT``, ``NEEDS_MODEL`` and the types of its options.
+
+``RESULT`` is ``"model"`` (the default), ``"data"``, ``"files"`` or several of them; ``NEEDS_MODEL`` says whether the
+stage goes after a model: by default every family but ``model`` and ``data`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+from methods.find import Catalogue, Found
+from methods.stage import AssayError
+from workflows.record import PARTS, Part
+
+# how many methods are named as an example
+FEW = 3
+
+
+def parts_of(module: ModuleType) -> tuple[Part, ...]:
+    """What the method writes, in the order of ``PARTS``. ``AssayError`` where ``RESULT`` names something else."""
+    named = getattr(module, "RESULT", "model")
+    chosen = {named} if isinstance(named, str) else set(named)
+    if not chosen or not chosen <= set(PARTS):
+        raise AssayError(f"{module.__name__}: RESULT={named!r}; it is made of {', '.join(PARTS)}.")
+    return tuple(part for part in PARTS if part in chosen)
+
+
+def needs_model(found: Found) -> bool:
+    """Whether the method can only stand after a model."""
+    return bool(getattr(found.load(), "NEEDS_MODEL", found.family not in ("model", "data")))
+
+
+def listed(parts: Sequence[str]) -> str:
+    """``model/ and files/``."""
+    return " and ".join(f"{part}/" for part in parts)
+
+
+def example(catalogue: Catalogue, part: str) -> str:
+    """Which chains have such a part, in words."""
+    if part == "model":
+        return "a model, or a chain that ends in one"
+    names = [name for name, found in catalogue.methods.items() if part in parts_of(found.load())]
+    if not names:
+        return f"no method that is known here writes {part}/"
+    return f"a chain such as target > {' or target > '.join(names[:FEW])}"
