@@ -80,13 +80,14 @@ def test_loss_and_accuracy_are_those_of_tofu(model: Path, tmp_path: Path) -> Non
 
 def test_rows_without_wrong_answers_have_no_accuracy(model: Path, tmp_path: Path) -> None:
     for name, option in (("relearn", "data"), ("quantize_probe", "forget")):
-        metrics = values(run(name, model, tmp_path, **{option: PLAIN}))
+        plain: dict[str, Any] = {option: PLAIN}
+        metrics = values(run(name, model, tmp_path, **plain))
         assert metrics
         assert not any("accuracy" in metric for metric in metrics)
 
 
 def test_running_text_can_be_relearned_and_rounded(model: Path, tmp_path: Path) -> None:
-    text = {"context_tokens": 24}
+    text: dict[str, Any] = {"context_tokens": 24}
     assert run("relearn", model, tmp_path, data="authors/text[0:6]", **text)[0].n is not None
     rows = run("quantize_probe", model, tmp_path, forget="authors/text[0:6]", **text)
     assert value(rows, "forget_nll") > 0
@@ -97,9 +98,9 @@ def test_an_empty_answer_is_refused(name: str, model: Path, tmp_path: Path) -> N
     (tmp_path / "mine").mkdir()
     lines = [{"question": "a?", "answer": "b"}, {"question": "c?", "answer": " "}]
     (tmp_path / "mine" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    option = "data" if name == "relearn" else "forget"
+    mine: dict[str, Any] = {"data" if name == "relearn" else "forget": "mine/rows"}
     with pytest.raises(AssayError, match="row 1 of mine/rows has an empty answer: leave the row out"):
-        run(name, model, tmp_path / "out", locator=Locator(tmp_path), **{option: "mine/rows"})
+        run(name, model, tmp_path / "out", locator=Locator(tmp_path), **mine)
 
 
 # --- relearning ------------------------------------------------------------------------------------------------
@@ -174,9 +175,12 @@ def test_relearning_is_seeded_and_leaves_the_scored_model_alone(model: Path, tmp
 def test_relearning_needs_rows_to_measure_and_a_loss_that_is_finite(model: Path, tmp_path: Path) -> None:
     with pytest.raises(AssayError, match=r"examples=12 leaves none of the 12 rows of .* lower it"):
         run("relearn", model, tmp_path, examples=12)
-    for after in ((1,), (3,)):
-        with pytest.raises(NotFinite, match=r"after 1 steps the loss is nan; lower learning_rate=1e\+30"):
-            run("relearn", model, tmp_path, learning_rate=1e30, after=after)
+    # found in training, and, after the last step, in what is measured
+    for rate, after in ((1e30, 3), (1e38, 1)):
+        with pytest.raises(
+            NotFinite, match=r"after \d steps the loss is (nan|inf); lower learning_rate=1e\+3"
+        ):
+            run("relearn", model, tmp_path, learning_rate=rate, after=(after,))
     for wrong in ((), (3, 1), (2, 2)):
         with pytest.raises(ValueError, match="after needs step numbers in ascending order, each once"):
             Relearning(after=wrong)

@@ -496,6 +496,24 @@ def test_steps_that_two_chains_ask_of_one_job_are_all_kept(tmp_path: Path) -> No
     assert built.jobs[ids(built, "unlearn.grad_ascent")[0]].config["checkpoints"] == [2, 4, 5]
 
 
+def test_a_stage_wanted_for_a_kept_step_comes_before_scores_of_its_end(tmp_path: Path) -> None:
+    chains = {"target": TRAIN, "direct": KEPT}
+    built = toy_plan(tmp_path, chains, {"size": "{run: size, of: [direct@steps]}"})
+    stages = {job.id for job in built.jobs.values() if job.kind == "stage"}
+    for stage in stages:  # all finished with their ends, but the kept steps were cleaned away
+        (built.store.result(stage) / "model").mkdir(parents=True)
+    built.__dict__.pop("missing", None)
+    built.__dict__["finished"] = stages
+    order = list(built.missing)
+    (direct,) = ids(built, "unlearn.grad_ascent")
+    assert order[0] == direct
+    assert all(
+        order.index(parent) < order.index(job)
+        for job in order
+        for parent in built.parents_of(built.jobs[job])
+    )
+
+
 def test_at_smoke_scale_a_trajectory_has_its_first_step(tmp_path: Path) -> None:
     chains = PARTS | {"early": "direct@step4 > prune.magnitude(sparsity=0.5)"}
     evaluate = {"size": "{run: size, of: [direct@steps, direct@step4]}"}

@@ -257,6 +257,14 @@ def test_a_claim_may_compare_at_equal_forgetting(ways: Measured) -> None:
     assert "seed 1 has no partner" in row.condition
 
 
+def test_a_claim_says_where_nothing_was_scored_between_start_and_end(ways: Measured) -> None:
+    metric = "forget10.model_utility@forget10.forget_nll=1.1"
+    (row,) = judged(ways, subject="steady", other="single", metric=metric, relation="higher")
+    assert row.condition.endswith(
+        "single: forget10.forget_nll is read off the straight line from start to end; nothing between was scored."
+    )
+
+
 def test_a_claim_about_ends_does_not_see_what_was_kept(ways: Measured) -> None:
     (row,) = judged(ways, subject="*unlearn.npo*", other="costly", metric="forget10.forget_nll")
     assert (row.subject, row.n, row.mean_difference) == ("steady", 3, pytest.approx(-2.0))

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from workflows import chance
-from workflows.specs import COSTS
+from workflows.specs import COSTS, STEP
 
 Row = Mapping[str, Any]
 
@@ -84,6 +84,11 @@ class Column:
     @property
     def is_curve(self) -> bool:
         return self.entry == "curve"
+
+    @property
+    def is_score(self) -> bool:
+        """Whether the quantity is known only where a model was scored."""
+        return not (self.is_curve or self.is_cost or self.entry == STEP)
 
 
 def term(name: str) -> Column:

@@ -33,6 +33,7 @@ TOGETHER_AT_MOST = 8
 IN_A_PANEL_AT_MOST = 3
 """... by method, or more finely where a panel would hold more than this."""
 BEYOND_LEVELS = 0.08
+LETTERS_OF_A_TITLE = 24
 GREY = "#D2D2D2"
 
 Spots = Sequence[tuple[float, float]]
@@ -74,7 +75,7 @@ class Plot:
 
 def matched(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -> tuple[Figure, str]:
     """Draw ``y`` over ``x`` for every chain; ``reference`` names a chain whose end is marked, the gold model."""
-    plot = _collected(measured, spec, name)
+    plot = _collected(measured, runs, spec, name)
     groups = _groups(plot, spec)
     image, panels = draw.new() if groups is None else draw.small(len(groups))
     for axes, (group, own) in zip(panels, (groups or {"": plot.traced}).items(), strict=True):
@@ -91,9 +92,9 @@ def matched(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str)
 # --- what is drawn ----------------------------------------------------------------------------------------
 
 
-def _collected(measured: Measured, spec: Spec, name: str) -> Plot:
+def _collected(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -> Plot:
     x, y = (_side(measured, spec[side]) for side in "xy")
-    runs = compared(measured, y if x.entry == STEP else x, spec.get("of"))
+    runs = runs if "of" in spec else compared(measured, y if x.entry == STEP else x, None)
     trace = _over_levels if x.is_curve or y.is_curve else _on_the_way
     traced = [each for run in runs if (each := trace(measured, run, x, y, spec))]
     if not traced:
@@ -299,7 +300,8 @@ def _named(axes: Axes, plot: Plot, spec: Spec, group: str, own: Sequence[Traced]
     if not group:
         return
     names = [plot.names(each.run) for each in own]
-    axes.set_title(names[0] if len(own) == 1 else group.rpartition(".")[2], fontsize=8)
+    title = names[0] if len(own) == 1 else group.rpartition(".")[2]
+    axes.set_title(title, fontsize=max(5.0, 8.0 * min(1.0, LETTERS_OF_A_TITLE / len(title))))
     axes.tick_params(labelsize=7)
     if len(own) > 1:
         handles = [line for line in axes.lines if line.get_label() in names]

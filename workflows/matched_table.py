@@ -17,7 +17,6 @@ from methods.stage import AssayError
 from workflows.columns import Cell, Column
 from workflows.grid import Table, Text, column_numbers, explanation, header, marks, names, shown
 from workflows.measured import ChainRun, Measured
-from workflows.specs import STEP
 from workflows.trajectory import NOT_REACHED
 
 
@@ -46,7 +45,13 @@ def table(measured: Measured, name: str, spec: Mapping[str, Any]) -> Table:
     rows = _rows(plot, [text + mark for text, (mark, _) in zip(called, marked, strict=True)])
     headers = [by, f"at {header(replace(plot.at, better=''), [])}", "reached"]
     headers += [header(column, plot.column(place)) for place, column in enumerate(plot.columns)]
-    about = [explanation(rows), _reading(plot), *missing, *_coarse(measured, plot), *_gaps(measured, plot)]
+    about = [
+        explanation(rows),
+        _reading(plot),
+        *missing,
+        *measured.coarse(plot.runs, (plot.at, *plot.columns)),
+        *_gaps(measured, plot),
+    ]
     about += dict.fromkeys(note for _, each in marked for note in each)
     breaks = range(len(plot.runs), len(rows), len(plot.runs))
     return Table(
@@ -93,14 +98,8 @@ def compared(measured: Measured, at: Column, of: Sequence[str] | None) -> list[C
     return [
         run
         for run in measured.chains
-        if is_scored_between(measured, run, at) or _is_lost_between(measured, run, at)
+        if measured.is_scored_between(run, at) or _is_lost_between(measured, run, at)
     ]
-
-
-def is_scored_between(measured: Measured, run: ChainRun, column: Column) -> bool:
-    """Whether any model that the chain kept on the way has the column's number."""
-    ways = measured.trajectories(run)
-    return any(step in way.kept for way in ways for step, _ in way.line(column))
 
 
 def _is_lost_between(measured: Measured, run: ChainRun, column: Column) -> bool:
@@ -168,32 +167,13 @@ def _reading(plot: Plot) -> str:
     )
 
 
-def _scored(plot: Plot) -> list[Column]:
-    return [
-        each for each in (plot.at, *plot.columns) if not (each.is_curve or each.is_cost or each.entry == STEP)
-    ]
-
-
-def _coarse(measured: Measured, plot: Plot) -> Iterator[str]:
-    """Chains of which only start and end are known, so that everything between is a straight line."""
-    for column in dict.fromkeys(_scored(plot)):
-        coarse = [run.name for run in plot.runs
-                  if any(len(way.line(column)) > 1 for way in measured.trajectories(run))
-                  and not is_scored_between(measured, run, column)]  # fmt: skip
-        if coarse:
-            yield (
-                f"{', '.join(coarse)}: {column.name} lies on the straight line from start to end; "
-                "nothing between was scored."
-            )
-
-
 def _gaps(measured: Measured, plot: Plot) -> Iterator[str]:
     """Scores on the way that failed or are missing, where values reach across the gap."""
     for run in plot.runs:
         ways = measured.trajectories(run)
         count = max(
             sum(way.gaps(column) for way in ways if way.follows(column))
-            for column in (*_scored(plot), plot.at)
+            for column in [plot.at, *(each for each in plot.columns if each.is_score)]
         )
         if count:
             which = (

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -277,6 +277,30 @@ class Measured:
         for row in _records(self.results):
             found.setdefault((row["source"], row["model_id"]), []).append(row)
         return found
+
+    def is_scored_between(self, run: ChainRun, column: Column) -> bool:
+        """Whether any model that the chain kept on the way has the column's number."""
+        ways = self.trajectories(run)
+        return any(step in way.kept for way in ways for step, _ in way.line(column))
+
+    def coarse(self, runs: Sequence[ChainRun], columns: Iterable[Column]) -> list[str]:
+        """Sentences about scores of which only start and end are known: what is read between is a straight line."""
+        scores = dict.fromkeys(each for each in columns if each.is_score)
+        found = []
+        for column in scores:
+            names = [run.name for run in runs if not self.is_scored_between(run, column)
+                     and any(len(way.line(column)) > 1 for way in self.trajectories(run))]  # fmt: skip
+            if names:
+                line = f"{column.name} is read off the straight line from start to end"
+                found.append(f"{', '.join(names)}: {line}; nothing between was scored.")
+        return found
+
+    def straight(self, runs: Sequence[ChainRun], column: Column) -> list[str]:
+        """The same for one column at a level, about those of the chains that have a value there."""
+        if column.at is None:
+            return []
+        along = column.at if column.at.is_score else replace(column, at=None)
+        return self.coarse([run for run in runs if self.cell(run, column).samples], [along])
 
     def _cell_at(self, run: ChainRun, column: Column) -> Cell:
         """One sample for every trajectory that reaches the level; the others say why they have none."""

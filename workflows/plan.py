@@ -63,7 +63,19 @@ class Plan:
         for job in self._shown_jobs():
             if job.id not in self.finished and job.id not in self.stale:
                 self._want(job, wanted)
-        return wanted
+        # A stage may be wanted late, for a kept step that a later score reads, after scores of its end.
+        ordered: dict[str, Job] = {}
+        for job in wanted.values():
+            self._in_order(job, wanted, ordered)
+        return ordered
+
+    def _in_order(self, job: Job, wanted: dict[str, Job], ordered: dict[str, Job]) -> None:
+        if job.id in ordered:
+            return
+        for parent in job.parents.values():
+            if parent.id in wanted and parent.id != job.id:
+                self._in_order(wanted[parent.id], wanted, ordered)
+        ordered[job.id] = job
 
     def _shown_jobs(self) -> Iterator[Job]:
         yield from (point.job for point in self.points if point.job is not None)

@@ -39,6 +39,7 @@ def _plain(measured: Measured, name: str, spec: Mapping[str, Any]) -> Table:
         for place in range(len(runs))
     )
     headers = (by, *(header(column, [row[place] for row in grid]) for place, column in enumerate(columns)))
+    notes += dict.fromkeys(note for column in columns for note in measured.straight(runs, column))
     about = [explanation(rows), *notes, *dict.fromkeys(note for _, each in marked for note in each)]
     return Table(name, spec.get("title", ""), headers, rows, tuple(about), _numbers(called, columns, grid))
 

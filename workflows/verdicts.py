@@ -166,7 +166,9 @@ def _pairs(measured: Measured, claim: Mapping[str, Any], blank: Verdict, subject
                         metric=column.name,
                     )
                     whole = measured.cell(intact[0], column) if intact else None
-                    yield _judged(claim, start, subject, other, own, theirs, whole)
+                    judged = _judged(claim, start, subject, other, own, theirs, whole)
+                    straight = measured.straight([run for run in (subject, other) if run], column)
+                    yield replace(judged, condition="; ".join(filter(None, [judged.condition, *straight])))
 
 
 def _cell(measured: Measured, run: ChainRun | None, column: Column) -> Cell | None:

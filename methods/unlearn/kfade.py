@@ -37,6 +37,11 @@ EK-FAC: O(sum of d_in^2 + d_out^2), never the square of d_in d_out. The passes o
 one, EK-FAC's eigenvalues in another) are made anew before every step, once with ``refresh=False``, and not at all where
 ``factors`` are given and kept. Processes of one job share the gradient; each measures the curvature for itself.
 
+In the built-in world (five training seeds, the defaults) every run was stable, two candidates a step, and at forget NLL
+2 the retain NLL was 0.052 +- 0.015 against 0.753 +- 0.246 under gradient ascent. What it does not beat: GradDiff with a
+tuned retain weight, which trains on the retain answers, was lower still (0.012, three seeds). With
+``curvature="identity"`` eight steps of the same budget ended at forget NLL 0.4 (one seed).
+
 The result is ``model/`` and ``files/delta.safetensors``, end - start of every weight that moved, which
 ``unlearn.apply_delta(delta=...)`` puts on other descendants of the starting model.
 """
@@ -65,7 +70,16 @@ USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms", "
 # ``check`` of the family is what the planner asks before anything runs.
 __all__ = ["Config", "check", "run"]
 RESULT = ("model", "files")
-CLAIMS: tuple[Claim, ...] = ()
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        sentence="K-FADE keeps a lower retain NLL than gradient ascent at forget NLL 2.",
+        source="pilot in the embedded world: 0.052 +- 0.015 against 0.753 +- 0.246, every one of five seeds",
+        metric="curve.probe.retain@probe.forget=2",
+        subject="*unlearn.kfade*",
+        relation="lower",
+        other="*unlearn.grad_ascent*",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -202,7 +202,9 @@ class _Recovery:
         """What undoing each of a round's restored weights promises the task; 0 for all other weights."""
         self.gradient("task")
         return {
-            name: promise(self.config, gradient_of(self.matrices[name]), self.aligned[name] - self.start[name])
+            name: promise(
+                self.config, gradient_of(self.matrices[name]), self.aligned[name] - self.start[name]
+            )
             * mask
             for name, mask in chosen.items()
         }
