@@ -22,7 +22,7 @@ from workflows.record import PARTS, Part
 SMOKE: dict[str, Any] = {
     "steps": 2, "epochs": None, "batch": 4, "limit": 8, "sequences": 8, "generate": 4, "context_tokens": 64,
     "stride_tokens": None, "probe_every": 1, "max_new_tokens": 8, "repeats": 1, "warmup_steps": 0,
-    "layer": 1,
+    "layer": 1, "group": None,
 }  # fmt: skip
 # Of the steps at which models are kept, the one that any run has.
 SMOKE_KEPT = (1,)
