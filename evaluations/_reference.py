@@ -7,9 +7,8 @@ number about it would be wrong without looking so.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from methods.stage import AssayError
 
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
     from methods.stage import Scoring
 
 REVISION = 1
-# Words, blanks, digits, marks, accents and a line break: texts that tokenizers of one vocabulary may still cut apart
-# differently.
-SAMPLE = "Who wrote  it? In 1984, Zoë's 3.5-hour tale (the END) — was naïve;\n\tasked_for: €20, 東京."
 
 
 def check_tokenizer(scoring: Scoring, option: str) -> None:
@@ -31,12 +27,12 @@ def check_tokenizer(scoring: Scoring, option: str) -> None:
     folder, other = scoring.parents["model"], scoring.parents[option]
     if folder.resolve() == other.resolve():
         return
+    from methods.checkpoint import tokenizer_difference
+
     ours, theirs = (scoring.models.tokenizer(path) for path in (folder, other))
-    where = f"{scoring.evaluation}: the tokenizer of {option}"
-    if ours.get_vocab() != theirs.get_vocab():
-        raise AssayError(f"{where} {_difference(ours.get_vocab(), theirs.get_vocab())}; {_fix(option)}")
-    if _ids(ours) != _ids(theirs):
-        raise AssayError(f"{where} has the model's tokens but cuts texts into others of them; {_fix(option)}")
+    difference = tokenizer_difference(ours, theirs, "model")
+    if difference:
+        raise AssayError(f"{scoring.evaluation}: the tokenizer of {option} {difference}; {_fix(option)}")
 
 
 def check_vocabulary(scoring: Scoring, option: str) -> None:
@@ -54,22 +50,8 @@ def check_vocabulary(scoring: Scoring, option: str) -> None:
     check_tokenizer(scoring, option)
 
 
-def _difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
-    """Sizes, and the first number that does not mean the same."""
-    either = {**theirs, **ours}
-    number, token = min((at, token) for token, at in either.items() if ours.get(token) != theirs.get(token))
-    return (
-        f"has {len(theirs)} tokens and the model's {len(ours)}; they first differ at id {number} ({token!r})"
-    )
-
-
 def _fix(option: str) -> str:
     return f"take a {option} with the same tokenizer."
-
-
-def _ids(tokenizer: Any) -> list[int]:
-    found: list[int] = tokenizer(SAMPLE, add_special_tokens=False, verbose=False)["input_ids"]
-    return found
 
 
 def _entries(folder: Path) -> int:

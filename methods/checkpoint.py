@@ -79,6 +79,26 @@ def load_tokenizer(folder: Path) -> Any:
         raise AssayError(f"{folder} holds no tokenizer that can be loaded: {_first_line(error)}") from error
 
 
+# Words, blanks, digits, marks, accents and a line break: texts that tokenizers of one vocabulary may still cut apart
+# differently.
+_SAMPLE = "Who wrote  it? In 1984, Zoë's 3.5-hour tale (the END) — was naïve;\n\tasked_for: €20, 東京."
+
+
+def tokenizer_difference(ours: Any, theirs: Any, whose: str) -> str:
+    """How the second tokenizer differs from ``whose``; empty where a number means the same to both."""
+    one, other = ours.get_vocab(), theirs.get_vocab()
+    if one != other:
+        either = {**other, **one}
+        number, token = min((at, token) for token, at in either.items() if one.get(token) != other.get(token))
+        sizes = f"has {len(other)} tokens and the {whose}'s {len(one)}"
+        return f"{sizes}; they first differ at id {number} ({token!r})"
+    cut = [
+        tokenizer(_SAMPLE, add_special_tokens=False, verbose=False)["input_ids"]
+        for tokenizer in (ours, theirs)
+    ]
+    return "" if cut[0] == cut[1] else f"has the {whose}'s tokens but cuts texts into others of them"
+
+
 def auto_class(folder: Path) -> str:
     """The transformers Auto class that loads ``folder``, by the architecture its config names."""
     architectures = _read_json(Path(folder) / "config.json").get("architectures") or [""]

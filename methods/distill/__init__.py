@@ -13,7 +13,7 @@ both are cut to the tokenizer's size and the softmax renormalises.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -100,11 +100,15 @@ def check_teacher(student: Path, teacher: Path, hidden: bool = False) -> int | N
     Raises:
         AssayError: different tokens, or with ``hidden`` different layers or widths.
     """
-    from methods.checkpoint import load_tokenizer
+    from methods.checkpoint import load_tokenizer, tokenizer_difference
 
-    ours, theirs = load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab()
-    if ours != theirs:
-        raise AssayError(different_tokens(ours, theirs))
+    ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
+    difference = tokenizer_difference(ours, theirs, "student")
+    if difference:
+        raise AssayError(
+            f"the teacher's tokenizer {difference}. "
+            f"A loss on logits needs one vocabulary: take a teacher of the same model family."
+        )
     mine, its = text_config(student), text_config(teacher)
     for name in ("num_hidden_layers", "hidden_size") if hidden else ():
         if mine[name] != its[name]:
@@ -114,26 +118,13 @@ def check_teacher(student: Path, teacher: Path, hidden: bool = False) -> int | N
             )
     if mine["vocab_size"] == its["vocab_size"]:
         return None
-    entries = max(ours.values()) + 1
+    entries = max(ours.get_vocab().values()) + 1
     if min(mine["vocab_size"], its["vocab_size"]) < entries:
         raise AssayError(
             f"the tokenizer has ids up to {entries - 1}, but student and teacher predict {mine['vocab_size']} and "
             f"{its['vocab_size']} entries: only a vocabulary padded beyond the tokenizer's can be cut."
         )
     return entries
-
-
-def different_tokens(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
-    """A sentence with the sizes and the first token on which two tokenizers disagree."""
-    either = {**theirs, **ours}
-    first, token = min(
-        (index, token) for token, index in either.items() if ours.get(token) != theirs.get(token)
-    )
-    return (
-        f"the teacher's tokenizer has {len(theirs)} tokens and the student's {len(ours)}; "
-        f"they first differ at id {first} ({token!r}). "
-        f"A loss on logits needs one vocabulary: take a teacher of the same model family."
-    )
 
 
 def text_config(folder: Path) -> dict[str, Any]:

@@ -1,17 +1,53 @@
-"""Two models weight by weight: what arithmetic on weights needs of them.
+"""Arithmetic on weights: the parent changed without training, and a second model weight by weight.
 
 ``methods.unlearn``'s REVISION covers this file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from methods.stage import AssayError, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """Options of a method that changes weights without training."""
+
+    # entries of matrices that are 0 in the parent stay 0
+    keep_zeros: bool = True
+    # precision of the written model; parent: as the model it was made from
+    saved: Literal["parent", "float32", "bfloat16"] = "parent"
+
+
+def rewrite(stage: Stage, change: Callable[[Any], None]) -> None:
+    """Write the parent after ``change`` has been at its float32 weights; notes what is 0 and what rounding took."""
+    import torch
+
+    from methods.checkpoint import load_model, save_model, saved_dtype
+    from methods.loop import Weights
+
+    config, parent = stage.config, stage.parents["model"]
+    model = load_model(parent, "float32", torch.device("cpu"))
+    weights = Weights(dict(model.named_parameters()))
+    weights.remember(config.keep_zeros, config.saved, parent)
+    change(model)
+    weights.restore_zeros()
+    save_model(model, stage.folder / "model", parent, config.saved)
+    total, before = weights.counted
+    stage.notes |= {
+        "parameters": total,
+        "nonzero_before": before,
+        "nonzero_after": weights.nonzero()[1],
+        "update_lost_in_saving": weights.lost_in_saving(),
+        "saved_dtype": saved_dtype(config.saved, parent),
+    }
 
 
 def other_weights(stage: Stage, option: str, model: Any) -> dict[str, Tensor]:
@@ -32,12 +68,13 @@ def other_weights(stage: Stage, option: str, model: Any) -> dict[str, Tensor]:
 
 
 def _same_tokenizer(stage: Stage, option: str, folder: Path) -> None:
-    from methods.checkpoint import load_tokenizer
+    from methods.checkpoint import load_tokenizer, tokenizer_difference
 
-    ours, theirs = (load_tokenizer(path).get_vocab() for path in (stage.parents["model"], folder))
-    if ours != theirs:
+    ours, theirs = load_tokenizer(stage.parents["model"]), load_tokenizer(folder)
+    difference = tokenizer_difference(ours, theirs, "parent")
+    if difference:
         raise AssayError(
-            f"{stage.method}: the tokenizer of {option} ({len(theirs)} tokens) is not the parent's ({len(ours)}): "
+            f"{stage.method}: the tokenizer of {option} {difference}: "
             f"weights can be compared only between descendants of one model; name one for {option}."
         )
 

@@ -14,11 +14,12 @@ update, both in float32 on the processor.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 from annotated_types import Gt
 
 from methods.stage import Claim, Files, Stage
+from methods.unlearn._weights import Arithmetic, rewrite
 
 SEEDED = False
 USES = ("methods.loop", "methods.checkpoint")
@@ -26,43 +27,24 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Arithmetic):
     """Which update, and how much of it."""
 
     # a chain that ends in unlearn.kfade
     delta: Files
     # the factor of the update; 1 is the update itself
     scale: Annotated[float, Gt(0)] = 1.0
-    # entries of matrices that are 0 in the parent stay 0
-    keep_zeros: bool = True
-    # precision of the written model; parent: as the model it was made from
-    saved: Literal["parent", "float32", "bfloat16"] = "parent"
 
 
 def run(stage: Stage) -> None:
     """Write the parent with the update added."""
-    import torch
-
-    from methods.checkpoint import load_model, save_model, saved_dtype
-    from methods.loop import Weights
     from methods.unlearn import _delta
 
-    config: Config = stage.config
-    parent = stage.parents["model"]
-    model = load_model(parent, "float32", torch.device("cpu"))
     delta, about = _delta.read(stage.parents["delta"])
-    named = dict(model.named_parameters())
-    _delta.check(named, model.config.vocab_size, delta, about)
-    weights = Weights(named)
-    weights.remember(config.keep_zeros, config.saved, parent)
-    _delta.add(named, delta, config.scale)
-    weights.restore_zeros()
-    save_model(model, stage.folder / "model", parent, config.saved)
-    total, before = weights.counted
-    stage.notes |= {
-        "parameters": total,
-        "nonzero_before": before,
-        "nonzero_after": weights.nonzero()[1],
-        "update_lost_in_saving": weights.lost_in_saving(),
-        "saved_dtype": saved_dtype(config.saved, parent),
-    }
+
+    def add(model: Any) -> None:
+        named = dict(model.named_parameters())
+        _delta.check(named, model.config.vocab_size, delta, about)
+        _delta.add(named, delta, stage.config.scale)
+
+    rewrite(stage, add)

@@ -17,11 +17,12 @@ above. Nothing is random here, and no forget row is read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Gt
 
 from methods.stage import Claim, Model, Stage
+from methods.unlearn._weights import Arithmetic, other_weights, rewrite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,17 +32,13 @@ USES = ("methods.loop", "methods.checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Arithmetic):
     """Options of task arithmetic."""
 
     # the chain whose model is the parent trained further on the forget set
     finetuned: Model
     # how far to go the other way (1 in MUSE)
     scale: Annotated[float, Gt(0)] = 1.0
-    # entries of matrices that are 0 in the parent stay 0
-    keep_zeros: bool = True
-    # precision of the written model; parent: as the model it was made from
-    saved: Literal["parent", "float32", "bfloat16"] = "parent"
 
 
 CLAIMS: tuple[Claim, ...] = ()
@@ -49,28 +46,11 @@ CLAIMS: tuple[Claim, ...] = ()
 
 def run(stage: Stage) -> None:
     """Write the parent with the task vector subtracted."""
-    import torch
 
-    from methods.checkpoint import load_model, save_model, saved_dtype
-    from methods.loop import Weights
-    from methods.unlearn._weights import other_weights
+    def change(model: Any) -> None:
+        subtract(model, other_weights(stage, "finetuned", model), stage.config.scale)
 
-    config: Config = stage.config
-    parent = stage.parents["model"]
-    model = load_model(parent, "float32", torch.device("cpu"))
-    weights = Weights(dict(model.named_parameters()))
-    weights.remember(config.keep_zeros, config.saved, parent)
-    subtract(model, other_weights(stage, "finetuned", model), config.scale)
-    weights.restore_zeros()
-    save_model(model, stage.folder / "model", parent, config.saved)
-    total, before = weights.counted
-    stage.notes |= {
-        "parameters": total,
-        "nonzero_before": before,
-        "nonzero_after": weights.nonzero()[1],
-        "update_lost_in_saving": weights.lost_in_saving(),
-        "saved_dtype": saved_dtype(config.saved, parent),
-    }
+    rewrite(stage, change)
 
 
 def subtract(model: Any, finetuned: dict[str, Tensor], scale: float) -> None:
