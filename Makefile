@@ -73,6 +73,7 @@ publish: $(STAMP)
 	rm -rf results/published/$(EXPERIMENT)
 	mkdir -p results/published
 	cp -R "$(RESULTS)/$(EXPERIMENT)" results/published/$(EXPERIMENT)
+	find results/published/$(EXPERIMENT) -name "*.csv" -size +2048k -exec gzip -9n {} +
 	@echo "results/published/$(EXPERIMENT) holds what the run drew; look at it before committing it."
 
 test-slurm: $(STAMP)

@@ -10,10 +10,12 @@ import pytest
 
 from workflows.collect import RESULT_COLUMNS
 from workflows.experiment import EXPERIMENTS
+from workflows.reading import stored
 from workflows.report import report
 
 PUBLISHED = EXPERIMENTS.parent.parent / "results" / "published"
-FOLDERS = sorted(path.parent for path in PUBLISHED.glob("*/results.csv"))
+FOLDERS = sorted(path.parent for path in PUBLISHED.glob("*/experiment.json"))
+TABLES = ("results.csv", "jobs.csv", "curves.csv")
 NAMES = [folder.name for folder in FOLDERS]
 
 
@@ -21,8 +23,8 @@ NAMES = [folder.name for folder in FOLDERS]
 def test_published_tables_and_verdicts_are_drawn_from_the_published_numbers(
     folder: Path, tmp_path: Path
 ) -> None:
-    for name in ("results.csv", "jobs.csv", "curves.csv", "experiment.json"):
-        shutil.copy(folder / name, tmp_path / name)
+    for path in (folder / "experiment.json", *(stored(folder / name) for name in TABLES)):
+        shutil.copy(path, tmp_path)
     report(tmp_path)
     drawn = sorted(path.relative_to(tmp_path) for path in (tmp_path / "tables").iterdir())
     assert drawn == sorted(path.relative_to(folder) for path in (folder / "tables").iterdir())
@@ -32,11 +34,11 @@ def test_published_tables_and_verdicts_are_drawn_from_the_published_numbers(
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
 def test_published_numbers_are_whole(folder: Path) -> None:
-    rows = pd.read_csv(folder / "results.csv", keep_default_na=False)
+    rows = pd.read_csv(stored(folder / "results.csv"), keep_default_na=False)
     # a run of the time before trajectories has no step: all its rows are of ends
     assert tuple(rows.columns) in (RESULT_COLUMNS, tuple(name for name in RESULT_COLUMNS if name != "step"))
     assert set(rows["status"]) == {"ok"}
-    jobs = pd.read_csv(folder / "jobs.csv", keep_default_na=False)
+    jobs = pd.read_csv(stored(folder / "jobs.csv"), keep_default_na=False)
     assert set(jobs["status"]) == {"ok"}
     models = {name.partition("@")[0] for name in rows["model_id"]}
     assert models - set(jobs["id"]) <= {name for name in models if "folder" in name}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -54,6 +55,15 @@ def test_drawing_twice_gives_the_same_bytes(drawn: Path, tmp_path: Path) -> None
     report.report(again)
     files = [path.relative_to(drawn) for path in sorted(drawn.rglob("*")) if path.is_file()]
     assert [str(name) for name in files if (drawn / name).read_bytes() != (again / name).read_bytes()] == []
+
+
+def test_compressed_tables_are_read_like_plain_ones(drawn: Path, tmp_path: Path) -> None:
+    again = invented.write(tmp_path)
+    for name in ("results.csv", "jobs.csv", "curves.csv"):
+        (again / f"{name}.gz").write_bytes(gzip.compress((again / name).read_bytes()))
+        (again / name).unlink()
+    report.report(again)
+    assert (again / "report.html").read_bytes() == (drawn / "report.html").read_bytes()
 
 
 def test_the_page_is_one_small_file_that_asks_the_network_for_nothing(drawn: Path) -> None:

@@ -1,4 +1,7 @@
-"""Reads the four files of a result folder: results.csv, jobs.csv, curves.csv and experiment.json."""
+"""Reads the four files of a result folder: results.csv, jobs.csv, curves.csv and experiment.json.
+
+A published folder may have the large tables as ``.csv.gz``.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,19 @@ _RESULTS_EMPTY_WHERE_ABSENT = (
 )  # fmt: skip
 
 
+def stored(path: Path) -> Path:
+    """The table, or its compressed form where only that is there."""
+    compressed = path.with_name(f"{path.name}.gz")
+    return compressed if compressed.is_file() and not path.is_file() else path
+
+
 def read_rows(path: Path) -> pd.DataFrame:
     """A results table: text columns as text, ``value`` and ``stderr`` as numbers (nan where empty).
 
     ``step`` is empty for the end of a chain and a whole number, as text, for a model that its last stage kept; a
     table from before there were kept models has ends only.
     """
+    path = stored(path)
     if not path.is_file():
         raise AssayError(f"{path}: there is no such results table; draw a report from a folder that has one.")
     frame = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -48,6 +58,7 @@ def read_rows(path: Path) -> pd.DataFrame:
 
 def _optional(path: Path, needed: Sequence[str]) -> pd.DataFrame:
     """A table that an interrupted experiment may not have yet."""
+    path = stored(path)
     empty = not path.is_file() or path.stat().st_size < 2
     frame = pd.DataFrame() if empty else pd.read_csv(path, dtype=str, keep_default_na=False)
     for name in needed:
