@@ -117,6 +117,7 @@ class Claim:
     ``higher``/``lower``: subject is beyond other (by ``margin``). ``at_least``/``at_most``: beyond
     ``value``. ``within``: the two differ by no more than ``margin``. ``recovers``: of what ``other`` (the broken
     model) lost against the chain ``intact``, the subject has won back at least the share ``value``.
+    ``subject_options`` and ``other_options`` keep only chains whose last stage has these options, defaults included.
     Scope ``paper`` is compared only with runs of the published ``model`` and ``data``.
     """
 
@@ -132,6 +133,8 @@ class Claim:
     scope: Literal["paper", "scaled"] = "scaled"
     model: str | None = None
     data: str | None = None
+    subject_options: Mapping[str, Any] = field(default_factory=dict)
+    other_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 # --- what a method is given -----------------------------------------------------------------------------

@@ -103,6 +103,16 @@ def test_every_pair_has_its_row_so_that_the_fairness_control_is_seen(measured: M
     assert "gamma 10.0 / 1.0" in rows[0].condition
 
 
+def test_a_claim_may_be_made_for_certain_options_only(measured: Measured) -> None:
+    claim = {"subject": "*unlearn.satimp*", "other": "*unlearn.grad_diff*", "metric": "tofu.retain_nll"}
+    assert [row.other for row in judged(measured, **claim, other_options={"alpha": 20.0})] == [
+        "difference[alpha=20.0]"
+    ]
+    (row,) = judged(measured, **claim, subject_options={"gamma": 3.0})
+    assert row.verdict == "not run"
+    assert "with gamma=3.0" in row.condition
+
+
 def test_siblings_are_compared_before_chains_with_another_start(measured: Measured) -> None:
     rows = judged(
         measured, subject="ascent", other="*unlearn.grad_diff*", metric="tofu.retain_nll", relation="higher"
@@ -177,6 +187,7 @@ def test_a_claim_nobody_reaches_stays_in_the_table(measured: Measured) -> None:
 def test_a_failed_subject_stays_in_the_table(measured: Measured) -> None:
     (row,) = judged(measured, subject="broken", other="target", metric="tofu.retain_nll")
     assert row.verdict == "not run"
+    assert "with gamma=3.0" in row.condition
     assert "failed (1), oom (1), timeout (1)" in row.condition
 
 
@@ -201,6 +212,7 @@ def test_a_failed_subject_stays_in_the_table(measured: Measured) -> None:
 def test_what_was_not_run_says_why(measured: Measured, claim: dict[str, Any], reason: str) -> None:
     (row,) = judged(measured, **claim)
     assert row.verdict == "not run"
+    assert "with gamma=3.0" in row.condition
     assert reason in row.condition
 
 
@@ -214,6 +226,7 @@ def test_a_paper_claim_is_compared_only_with_the_papers_model_and_data(measured:
     }
     (row,) = judged(measured, **claim, model="meta-llama/Llama-2-7b", data="tofu/forget10")
     assert row.verdict == "not run"
+    assert "with gamma=3.0" in row.condition
     (row,) = judged(measured, **claim, model="llama", data="authors/full")
     assert row.verdict == "reproduced"
     (row,) = judged(measured, **{**claim, "relation": "lower"}, model="llama", data="authors/full")

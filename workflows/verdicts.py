@@ -114,11 +114,21 @@ def matching(pattern: str, runs: Sequence[ChainRun]) -> list[ChainRun]:
     return completed or found
 
 
+def _matching(claim: Mapping[str, Any], side: str, runs: Sequence[ChainRun]) -> list[ChainRun]:
+    """The chains of the claim's subject or other that have the options it is stated for."""
+    wanted = claim.get(f"{side}_options") or {}
+    return [
+        run
+        for run in matching(claim[side], runs)
+        if all(run.options.get(name) == value for name, value in wanted.items())
+    ]
+
+
 def _others(claim: Mapping[str, Any], subject: ChainRun, runs: Sequence[ChainRun]) -> list[ChainRun]:
     parent = parent_label(subject.label)
     if claim["other"] == PARENT:
         return [run for run in runs if run.label == parent][:1]
-    found = [run for run in matching(claim["other"], runs) if run.label != subject.label]
+    found = [run for run in _matching(claim, "other", runs) if run.label != subject.label]
     siblings = [run for run in found if parent_label(run.label) == parent]
     return siblings or found
 
@@ -136,7 +146,7 @@ def _of_claim(
     reason = _not_comparable(experiment)
     if reason:
         return [replace(blank, condition=reason)]
-    subjects = matching(claim["subject"], runs)
+    subjects = _matching(claim, "subject", runs)
     if claim["scope"] == "paper":
         subjects = [run for run in subjects if _is_published_setting(experiment, claim, run)]
     if not subjects:
@@ -267,10 +277,12 @@ def _other_text(claim: Mapping[str, Any]) -> str:
 
 
 def _no_subject(claim: Mapping[str, Any]) -> str:
+    named = ", ".join(f"{name}={value}" for name, value in (claim.get("subject_options") or {}).items())
+    options = f" with {named}" if named else ""
     if claim["scope"] == "paper":
         wanted = " on ".join(filter(None, [claim["model"], claim["data"]]))
-        return f"no chain here runs {wanted or claim['subject']}"
-    return f"no chain here matches {claim['subject']}"
+        return f"no chain here runs {wanted or claim['subject']}{options}"
+    return f"no chain here matches {claim['subject']}{options}"
 
 
 def _no_partner(claim: Mapping[str, Any]) -> str:

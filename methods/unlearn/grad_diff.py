@@ -38,6 +38,7 @@ CLAIMS: tuple[Claim, ...] = (
         subject="*unlearn.grad_diff*",
         relation="lower",
         other="*unlearn.grad_ascent*",
+        subject_options={"gamma": 1.0, "alpha": 1.0},
     ),
 )
 

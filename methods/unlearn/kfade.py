@@ -78,6 +78,7 @@ CLAIMS: tuple[Claim, ...] = (
         subject="*unlearn.kfade*",
         relation="lower",
         other="*unlearn.grad_ascent*",
+        subject_options={"curvature": "ekfac", "refresh": True},
     ),
 )
 

@@ -57,6 +57,7 @@ CLAIMS: tuple[Claim, ...] = (
         subject="*unlearn.npo*",
         relation="lower",
         other="*unlearn.grad_ascent*",
+        subject_options={"beta": 0.1, "gamma": 1.0, "alpha": 1.0},
     ),
     Claim(
         sentence="NPO (beta 0.1) has a higher retain NLL than GradDiff at forget NLL 2, both at weights (1, 1): "
@@ -66,6 +67,8 @@ CLAIMS: tuple[Claim, ...] = (
         subject="*unlearn.npo*",
         relation="higher",
         other="*unlearn.grad_diff*",
+        subject_options={"beta": 0.1, "gamma": 1.0, "alpha": 1.0},
+        other_options={"gamma": 1.0, "alpha": 1.0},
     ),
 )
 

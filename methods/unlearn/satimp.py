@@ -100,6 +100,8 @@ CLAIMS: tuple[Claim, ...] = (
         subject="*unlearn.satimp*",
         relation="lower",
         other="*unlearn.grad_diff*",
+        subject_options={"beta1": 5.0, "beta2": 1.0, "gamma": 10.0, "alpha": 1.0},
+        other_options={"gamma": 1.0, "alpha": 1.0},
     ),
     Claim(
         sentence="SatImp keeps a lower retain NLL than gradient ascent at forget NLL 2.",
