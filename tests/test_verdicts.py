@@ -187,7 +187,6 @@ def test_a_claim_nobody_reaches_stays_in_the_table(measured: Measured) -> None:
 def test_a_failed_subject_stays_in_the_table(measured: Measured) -> None:
     (row,) = judged(measured, subject="broken", other="target", metric="tofu.retain_nll")
     assert row.verdict == "not run"
-    assert "with gamma=3.0" in row.condition
     assert "failed (1), oom (1), timeout (1)" in row.condition
 
 
@@ -212,7 +211,6 @@ def test_a_failed_subject_stays_in_the_table(measured: Measured) -> None:
 def test_what_was_not_run_says_why(measured: Measured, claim: dict[str, Any], reason: str) -> None:
     (row,) = judged(measured, **claim)
     assert row.verdict == "not run"
-    assert "with gamma=3.0" in row.condition
     assert reason in row.condition
 
 
@@ -226,7 +224,6 @@ def test_a_paper_claim_is_compared_only_with_the_papers_model_and_data(measured:
     }
     (row,) = judged(measured, **claim, model="meta-llama/Llama-2-7b", data="tofu/forget10")
     assert row.verdict == "not run"
-    assert "with gamma=3.0" in row.condition
     (row,) = judged(measured, **claim, model="llama", data="authors/full")
     assert row.verdict == "reproduced"
     (row,) = judged(measured, **{**claim, "relation": "lower"}, model="llama", data="authors/full")
