@@ -93,9 +93,8 @@ def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) ->
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     difference = log_p - log_q
     absent = teacher.isneginf() | student.isneginf()
-    if bool(
-        absent.any()
-    ):  # looked for first: filling costs as much as all the rest, in every step of a KL term
+    # Looked for first: filling costs as much as all the rest, in every step of a KL term.
+    if bool(absent.any()):
         difference = difference.masked_fill(absent, 0.0)
     return (log_p.exp() * difference).sum(-1)
 

@@ -38,6 +38,7 @@ from annotated_types import Gt
 from methods.stage import Claim, Dataset, Term, Terms
 from methods.terms import forward, token_nll
 from methods.unlearn import Rows, Source, Templates, UnlearnBatch, Unlearning
+from methods.unlearn._positions import over_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,13 @@ if TYPE_CHECKING:
     from methods.data import Part
 
 SEEDED = True
-USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms")
+USES = (
+    "methods.loop",
+    "methods.data",
+    "methods.checkpoint",
+    "methods.terms",
+    "methods.unlearn._positions",
+)
 CLAIMS: tuple[Claim, ...] = ()
 
 
@@ -80,8 +87,8 @@ def loss(config: Config, model: Any, batch: UnlearnBatch, reference: Any) -> Ter
     template, forget = probabilities(model, batch.template), probabilities(model, batch.forget)
     if config.normalise == "padded":
         return {
-            "template": over_positions(template, batch.template),
-            "forget": over_positions(forget, batch.forget),
+            "template": over_positions(template.sum(), batch.template),
+            "forget": over_positions(forget.sum(), batch.forget),
         }
     optimal, conjugate = functions(config)
     return {
@@ -107,15 +114,6 @@ def probabilities(model: Any, part: Part) -> Tensor:
 def over_answer(values: Tensor, part: Part) -> Tensor:
     """The mean [B] over the targets that count."""
     return values.sum(-1) / part.mask.sum(-1).clamp(min=1)
-
-
-def over_positions(values: Tensor, part: Part) -> Term:
-    """The mean over all B*(T-1) targets of the padded batch, as a sum over its B*T positions.
-
-    Micro-batches have the padding of the whole batch, so T is the same in each.
-    """
-    width = part.labels.shape[1]
-    return Term(values.sum() * (width / (width - 1)), part.positions)
 
 
 # --- divergences ------------------------------------------------------------------------------------------------
