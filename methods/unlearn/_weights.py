@@ -15,6 +15,8 @@ from methods.stage import AssayError, Stage
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from methods.loop import Weights
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic:
@@ -30,7 +32,7 @@ def rewrite(stage: Stage, change: Callable[[Any], None]) -> None:
     """Write the parent after ``change`` has been at its float32 weights; notes what is 0 and what rounding took."""
     import torch
 
-    from methods.checkpoint import load_model, save_model, saved_dtype
+    from methods.checkpoint import load_model, save_model
     from methods.loop import Weights
 
     config, parent = stage.config, stage.parents["model"]
@@ -40,13 +42,20 @@ def rewrite(stage: Stage, change: Callable[[Any], None]) -> None:
     change(model)
     weights.restore_zeros()
     save_model(model, stage.folder / "model", parent, config.saved)
+    stage.notes |= notes_of(weights, config.saved, parent)
+
+
+def notes_of(weights: Weights, saved: str, parent: Path) -> dict[str, Any]:
+    """What the record says of weights that were ``remember``ed, changed and saved."""
+    from methods.checkpoint import saved_dtype
+
     total, before = weights.counted
-    stage.notes |= {
+    return {
         "parameters": total,
         "nonzero_before": before,
         "nonzero_after": weights.nonzero()[1],
         "update_lost_in_saving": weights.lost_in_saving(),
-        "saved_dtype": saved_dtype(config.saved, parent),
+        "saved_dtype": saved_dtype(saved, parent),
     }
 
 

@@ -315,21 +315,16 @@ class _Recovery:
 
     def finish(self) -> None:
         """Write the model, the curve and the notes."""
-        from methods.checkpoint import save_model, saved_dtype
+        from methods.checkpoint import save_model
         from methods.loop import write_curve
+        from methods.unlearn._weights import notes_of
 
         if not self.curve or self.curve[-1][0] != self.rounds:
             self.log(self.rounds)
         config, parent = self.config, self.stage.parents["model"]
         save_model(self.model, self.stage.folder / "model", parent, config.saved)
         write_curve(self.stage.folder / "curve.csv", self.curve)
-        total, before = self.weights.counted
-        self.stage.notes |= {
-            "parameters": total,
-            "nonzero_before": before,
-            "nonzero_after": self.weights.nonzero()[1],
-            "update_lost_in_saving": self.weights.lost_in_saving(),
-            "saved_dtype": saved_dtype(config.saved, parent),
+        self.stage.notes |= notes_of(self.weights, config.saved, parent) | {
             "steps": self.rounds,
             "restored": {name: value for _, name, value in self.curve[-4:]}["restored"],
         }
