@@ -12,6 +12,7 @@ from pathlib import Path
 
 from methods.stage import Row, Scoring
 
+TASKS = ("language", "classification")
 USES = ("methods.checkpoint",)
 
 

@@ -40,6 +40,8 @@ AUTO_CLASSES = {
     "ForImageClassification": "AutoModelForImageClassification",
     "ForMaskedLM": "AutoModelForMaskedLM",
 }
+# The Auto classes of models that put a case into a class: they have no tokenizer.
+CLASSIFIERS = ("AutoModelForSequenceClassification", "AutoModelForImageClassification")
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -106,6 +108,11 @@ def auto_class(folder: Path) -> str:
         if str(architectures[0]).endswith(ending):
             return name
     return "AutoModelForCausalLM"
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether the model in ``folder`` puts cases into classes, by the architecture its config names."""
+    return auto_class(folder) in CLASSIFIERS
 
 
 def choose_device() -> torch.device:

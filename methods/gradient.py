@@ -15,9 +15,11 @@ lengths of its neighbours.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from methods.progress import derive_seed
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 Loss = Callable[[Any, Any], Terms]
 Outer = Callable[[Mapping[str, "Tensor"]], "Tensor"]
+# From the losses [B] of all rows of a global batch, and the step, the weight [B] of each.
+Weigh = Callable[["Tensor", int], "Tensor"]
 
 # The source of a count that belongs to the batch as a whole and is not added up: a sum that nothing divides.
 WHOLE = "batch"
@@ -39,12 +43,20 @@ class Batch:
     """What a loss sees of one step: a ``Part`` per name, how many updates were done, and how many there will be.
 
     ``values`` are numbers that change from step to step, such as a dual variable (``methods.loop.Adaptive``).
+    ``weigh`` turns the losses [b] of these rows, detached, into their weights [b] among all rows of the global batch.
     """
 
     def __init__(
-        self, parts: Mapping[str, Part], step: int, steps: int, values: Mapping[str, float] | None = None
+        self,
+        parts: Mapping[str, Part],
+        step: int,
+        steps: int,
+        values: Mapping[str, float] | None = None,
+        weigh: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.parts, self.step, self.steps, self.values = parts, step, steps, values or {}
+        if weigh is not None:
+            self.weigh = weigh
 
     def __getattr__(self, name: str) -> Part:
         try:
@@ -65,6 +77,21 @@ class Workers:
 
 
 @dataclass(frozen=True)
+class _Moment:
+    """Where in a run a batch is, the numbers that go with it, and how its rows are weighed (as yet: None)."""
+
+    step: int
+    steps: int
+    values: Mapping[str, float]
+    weigh: Callable[[int, Tensor], Tensor] | None = None
+
+    def batch(self, index: int, parts: Mapping[str, Part]) -> Batch:
+        """Piece ``index`` of the batch, on the device."""
+        weigh = partial(self.weigh, index) if self.weigh is not None else None
+        return Batch(parts, self.step, self.steps, self.values, weigh)
+
+
+@dataclass(frozen=True)
 class _Known:
     """What is known of the whole batch before the first backward pass."""
 
@@ -77,6 +104,7 @@ class Gradient:
 
     Args:
         loss: named terms of a batch. ``outer``: scalar of their global means, for losses that are no sums.
+        weigh: weights of the global batch's rows from their losses, which ``loss`` reads with ``batch.weigh``.
         micro_batch: most sequences of a part in one forward pass; None: a process's whole share.
         seed: what dropout is seeded from, anew for every step and micro-batch.
     """
@@ -87,16 +115,16 @@ class Gradient:
         loss: Loss,
         *,
         outer: Outer | None = None,
+        weigh: Weigh | None = None,
         micro_batch: int | None = None,
         seed: int = 0,
         device: Any = "cpu",
         workers: Workers | None = None,
     ) -> None:
-        self.model, self.loss, self.outer = model, loss, outer
+        self.model, self.loss, self.outer, self.weigh = model, loss, outer, weigh
         self.micro_batch, self.seed, self.device = micro_batch, seed, device
         self.workers = workers or Workers()
         self._plain = False
-        self._values: Mapping[str, float] = {}
 
     def __call__(
         self, parts: Mapping[str, Part], step: int, steps: int, values: Mapping[str, float] | None = None
@@ -106,7 +134,6 @@ class Gradient:
         Raises:
             NotFinite: a term is not a finite number.
         """
-        self._values = values or {}
         pieces = cut(parts, pieces_of(parts, self.micro_batch, self.workers.count))
         share = len(pieces) // self.workers.count
         mine = [
@@ -114,13 +141,14 @@ class Gradient:
             for index in range(self.workers.rank * share, (self.workers.rank + 1) * share)
         ]
         several = len(pieces) > 1
-        known = (
-            self._first_pass(mine, parts, step, steps) if several and (self.outer or self._plain) else None
-        )
+        at = _Moment(step, steps, values or {})
+        if self.weigh is not None:
+            at = replace(at, weigh=self._weights(pieces, mine, at))
+        known = self._first_pass(mine, parts, at) if several and (self.outer or self._plain) else None
         self.model.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         whole = known
-        for terms in self._terms(mine, step, steps):
+        for terms in self._terms(mine, at):
             if (
                 several
                 and known is None
@@ -136,23 +164,54 @@ class Gradient:
         assert whole is not None  # a process has one piece at least
         return self._checked(_divide(self._add(sums), whole.counts), step)
 
-    def _terms(
-        self, pieces: Sequence[tuple[int, Mapping[str, Part]]], step: int, steps: int
-    ) -> Iterator[Terms]:
-        """The terms of each piece. Both passes over a piece draw the same random numbers."""
+    def _terms(self, pieces: Sequence[tuple[int, Mapping[str, Part]]], at: _Moment) -> Iterator[Terms]:
+        """The terms of each piece. Every pass over a piece draws the same random numbers."""
         import torch
 
         for index, piece in pieces:
-            torch.manual_seed(derive_seed(self.seed, step, index))
+            torch.manual_seed(derive_seed(self.seed, at.step, index))
             on_device = {name: part.to(self.device) for name, part in piece.items()}
-            yield self.loss(self.model, Batch(on_device, step, steps, self._values))
+            yield self.loss(self.model, at.batch(index, on_device))
+
+    def _weights(
+        self,
+        pieces: Sequence[Mapping[str, Part]],
+        mine: Sequence[tuple[int, Mapping[str, Part]]],
+        at: _Moment,
+    ) -> Callable[[int, Tensor], Tensor]:
+        """How a piece is weighed: the only one at once, several after a pass that asks for all losses."""
+        weigh = self.weigh
+        assert weigh is not None
+        if len(pieces) == 1:
+            return lambda _, losses: weigh(losses, at.step)
+        sizes = [next(iter(piece.values())).labels.shape[0] for piece in pieces]
+        starts = list(itertools.accumulate(sizes, initial=0))
+        weights = weigh(self._losses(mine, at, starts), at.step)
+        return lambda index, _: weights[starts[index] : starts[index + 1]]
+
+    def _losses(
+        self, mine: Sequence[tuple[int, Mapping[str, Part]]], at: _Moment, starts: Sequence[int]
+    ) -> Tensor:
+        """The losses of all rows of the global batch [B], in their order, from a pass without gradients."""
+        import torch
+
+        found: dict[int, Tensor] = {}
+
+        def note(index: int, losses: Tensor) -> Tensor:
+            found[index] = losses.detach()
+            return torch.ones_like(losses)
+
+        with torch.no_grad():
+            for _ in self._terms(mine, replace(at, weigh=note)):
+                pass
+        whole = next(iter(found.values())).new_zeros(starts[-1])
+        for index, losses in found.items():
+            whole[starts[index] : starts[index + 1]] = losses
+        gathered: Tensor = self.workers.add(whole)
+        return gathered
 
     def _first_pass(
-        self,
-        pieces: Sequence[tuple[int, Mapping[str, Part]]],
-        parts: Mapping[str, Part],
-        step: int,
-        steps: int,
+        self, pieces: Sequence[tuple[int, Mapping[str, Part]]], parts: Mapping[str, Part], at: _Moment
     ) -> _Known:
         """Counts and sums of the whole batch, without gradients."""
         import torch
@@ -161,7 +220,7 @@ class Gradient:
         counted: dict[str, float] = {}
         added: dict[str, Tensor] = {}
         with torch.no_grad():
-            for terms in self._terms(pieces, step, steps):
+            for terms in self._terms(pieces, at):
                 _accumulate(sums, terms)
                 plain = {name: term for name, term in terms.items() if not isinstance(term.count, Count)}
                 counted |= {

@@ -24,7 +24,7 @@ import copy
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt
 
 from methods.find import catalogue
-from methods.gradient import Gradient, Loss, Outer, Workers
+from methods.gradient import Gradient, Loss, Outer, Weigh, Workers
+from methods.probes import Probes
 from methods.progress import pack, unpack
 from methods.stage import (
     Adapter,
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
-    from methods.data import Example, Part, Variants
+    from methods.data import Cases, CaseTable, Example, Variants
     from methods.progress import State
 
 REVISION = 1
@@ -109,7 +110,7 @@ class Batches:
     row that comes in ``Variants``, one is drawn each time it is seen.
     """
 
-    parts: Mapping[str, Sequence[Example] | Variants]
+    parts: Mapping[str, Sequence[Example] | Variants | CaseTable]
     size: int
     seed: int
     follows: Mapping[str, str] = field(default_factory=dict)
@@ -125,6 +126,22 @@ class Batches:
         return {
             name: [self.example(name, *place) for place in self.places(name, step)] for name in self.parts
         }
+
+    def collated(self, step: int, tokenizer: Any) -> dict[str, Any]:
+        """The batch of a 0-based step, by part: padded sequences, or (where there is no tokenizer) cases."""
+        from methods.data import collate, padding_id
+
+        if tokenizer is None:
+            return {name: self._cases(name, step) for name in self.parts}
+        padding = padding_id(tokenizer)
+        return {name: collate(rows, padding, name) for name, rows in self.at(step).items()}
+
+    def _cases(self, name: str, step: int) -> Cases:
+        table: Any = self.parts[name]
+        # A batch of all cases has them in their own order: another one would change nothing but the rounding.
+        everything = self.size == len(table) and name not in self.drawn
+        cases: Cases = table.batch(range(self.size) if everything else self.rows(name, step), name)
+        return cases
 
     def example(self, name: str, row: int, variant: int | None) -> Example:
         """One example of a part."""
@@ -184,17 +201,26 @@ class Adaptive:
 # --- models -------------------------------------------------------------------------------------------------
 
 
-def prepare(stage: Stage, settings: Training, folder: Path | None = None, head: Head | None = None) -> Any:
+def prepare(
+    stage: Stage,
+    settings: Training,
+    folder: Path | None = None,
+    head: Head | None = None,
+    fresh: bool = False,
+) -> Any:
     """The model to be trained: float32, on the device, with another head and an adapter where asked for.
 
     Args:
         folder: where it lies; default: the chain's parent.
+        fresh: start from new random weights of the same shapes, drawn from the stage's seed.
     """
     from methods.checkpoint import load_model
 
     make_deterministic(stage.threads)
     accelerator = make_accelerator(settings)
     model = load_model(folder or stage.parents["model"], "float32", accelerator.device, train=True)
+    if fresh:
+        model = _drawn_anew(model, stage.seed, settings.keep_zeros)
     if head is not None:
         from methods.architectures import with_head
 
@@ -207,6 +233,24 @@ def prepare(stage: Stage, settings: Training, folder: Path | None = None, head: 
     if hasattr(model.config, "use_cache"):
         model.register_forward_pre_hook(_without_cache, with_kwargs=True)
     return accelerator.prepare_model(model.train(), evaluation_mode=True)
+
+
+def _drawn_anew(model: Any, seed: int, keep_zeros: bool) -> Any:
+    """The same architecture with its own initialisation; zeros of its matrices stay where they are kept."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new: Any = type(model)(model.config)
+    new.to(model.device)
+    if keep_zeros:
+        with torch.no_grad():
+            for old, weight in zip(model.parameters(), new.parameters(), strict=True):
+                if weight.ndim >= 2:
+                    weight.masked_fill_(old == 0, 0.0)
+    if hasattr(model, "generation_config"):
+        new.generation_config = model.generation_config
+    return new.train(model.training)
 
 
 def reference_of(stage: Stage, model: Any, settings: Training) -> Any:
@@ -309,6 +353,7 @@ def train(
     source: Path | None = None,
     start: Weights | None = None,
     optimizer: Any = None,
+    weigh: Weigh | None = None,
 ) -> None:
     """Train a ``prepare``d model and write ``model/``, ``curve.csv`` and the notes of the stage.
 
@@ -321,12 +366,13 @@ def train(
             has changed them since; default: as they are now.
         optimizer: a method's own, in the place of the one in the settings. Beside what torch's have it may have
             ``numbers``, of its last step, and ``observed(last)``, of the weights as they are: both go into the curve.
+        weigh: weights of the global batch's rows from their losses, which ``loss`` reads with ``batch.weigh``.
     Raises:
         NotFinite: a term, gradient or weight is not finite; nothing is written.
         Interrupted: a stop signal came; the state is saved.
     """
     folder = source or stage.parents["model"]
-    run = _Run(stage, model, settings, batches, loss, outer, adaptive, folder, start, optimizer)
+    run = _Run(stage, model, settings, batches, loss, outer, adaptive, folder, start, optimizer, weigh)
     try:
         run.resume(stage.progress.load())
         for step in stage.progress.bar(run.steps, initial=run.step):
@@ -363,17 +409,12 @@ class _Run:
         source: Path,
         start: Weights | None = None,
         optimizer: Any = None,
+        weigh: Weigh | None = None,
     ) -> None:
-        from methods.checkpoint import load_tokenizer
-        from methods.data import padding_id
+        from methods.checkpoint import is_classifier, load_tokenizer
 
-        self.stage, self.model, self.settings, self.batches, self.source = (
-            stage,
-            model,
-            settings,
-            batches,
-            source,
-        )
+        self.stage, self.model, self.settings = stage, model, settings
+        self.batches, self.source = batches, source
         self.accelerator = make_accelerator(settings)
         self.adapter = component("adapter", settings.adapter)[0] if settings.adapter is not None else None
         self.steps = steps_of(settings, batches.count)
@@ -381,23 +422,23 @@ class _Run:
         self.curve: list[tuple[int, str, float]] = []
         self.adaptive = adaptive or Adaptive({}, lambda values, means: values)
         self.values = dict(self.adaptive.start)
-        self.tokenizer = load_tokenizer(source)
-        self.padding = padding_id(self.tokenizer)
-        self.probes = list(self._probes())
-        self.gradient = self._gradient(loss, outer)
+        self.tokenizer = None if is_classifier(source) else load_tokenizer(source)
+        self.probes = self._probes()
+        self.gradient = self._gradient(loss, outer, weigh)
         self.weights = start or remember(stage, model, settings, source)
         self.trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         self._build_optimizer(optimizer)
         stage.progress.save_seconds = settings.save_seconds
         stage.notes |= self._first_notes()
 
-    def _gradient(self, loss: Loss, outer: Outer | None) -> Gradient:
+    def _gradient(self, loss: Loss, outer: Outer | None, weigh: Weigh | None) -> Gradient:
         accelerator = self.accelerator
         workers = Workers(accelerator.process_index, accelerator.num_processes, accelerator.reduce)
         return Gradient(
             self.model,
             loss,
             outer=outer,
+            weigh=weigh,
             micro_batch=self.settings.micro_batch,
             seed=self.stage.seed,
             device=accelerator.device,
@@ -434,7 +475,7 @@ class _Run:
 
     def update(self, step: int) -> None:
         """One optimizer step on one global batch."""
-        parts = self._parts(step)
+        parts = self.batches.collated(step, self.tokenizer)
         means = self.gradient(parts, step, self.steps, self.values)
         norm = self._clip(step)
         for group in self.optimizer.param_groups:
@@ -443,17 +484,12 @@ class _Run:
         # Behind an adapter the weights are frozen; what the merged ones gain is taken off when they are written.
         if self.adapter is None:
             self.weights.restore_zeros()
-        self.tokens += sum(int(part.attention_mask.sum()) for part in parts.values())
+        self.tokens += sum(part.seen for part in parts.values())
         if step % self.settings.log_every == 0 or step == self.steps - 1:
             rate = float(self.optimizer.param_groups[0]["lr"])
             own = getattr(self.optimizer, "numbers", {})
             self._log(step, means | self.values | own | {"learning_rate": rate, "gradient_norm": norm})
         self.values = dict(self.adaptive.after(self.values, means))
-
-    def _parts(self, step: int) -> dict[str, Part]:
-        from methods.data import collate
-
-        return {name: collate(rows, self.padding, name) for name, rows in self.batches.at(step).items()}
 
     def _clip(self, step: int) -> float:
         """Mask, measure and clip the gradient; the norm is that before clipping."""
@@ -482,47 +518,25 @@ class _Run:
 
     # --- probes ---------------------------------------------------------------------------------------------
 
-    def _probes(self) -> Iterator[tuple[str, list[Part]]]:
-        """Every probed data set in batches, sorted by length so that little is padding."""
-        from methods.data import Style, collate, encode
-
-        size = self.settings.micro_batch or self.settings.batch
-        for text in self.settings.probe:
-            name, sign, dataset = text.partition("=")
-            if not sign or not name or not dataset:
-                raise AssayError(
-                    f"probe={text!r} must be written as name=data set, as in retain=authors/retain90."
-                )
-            rows = self.stage.data.rows(dataset)
-            examples = encode(rows, self.tokenizer, Style.read(self.source), self.settings.context_tokens)
-            examples = sorted(examples, key=lambda example: len(example.input_ids))
-            groups = [examples[start : start + size] for start in range(0, len(examples), size)]
-            yield name, [collate(group, self.padding, name) for group in groups]
+    def _probes(self) -> Probes:
+        settings = self.settings
+        return Probes(
+            self.stage,
+            self.model,
+            settings.probe,
+            settings.micro_batch or settings.batch,
+            settings.context_tokens,
+            self.tokenizer,
+            self.source,
+            self.accelerator.device,
+        )
 
     def probe(self, step: int) -> None:
-        """Note the answer NLL of the probed data sets, and what the optimizer observes, after ``step`` updates."""
+        """Note what the probed data sets say, and what the optimizer observes, after ``step`` updates."""
         if hasattr(self.optimizer, "observed"):
             self._log(step, self.optimizer.observed(step == self.steps))
-        if not self.probes or (step % self.settings.probe_every and step != self.steps):
-            return
-        import torch
-
-        self.model.eval()
-        with torch.no_grad():
-            self._log(step, {f"probe.{name}": self._nll(parts, name, step) for name, parts in self.probes})
-        self.model.train()
-
-    def _nll(self, parts: Sequence[Part], name: str, step: int) -> float:
-        from methods.terms import forward, token_nll
-
-        on_device = (part.to(self.accelerator.device) for part in parts)
-        total = sum(float(token_nll(forward(self.model, part)).double().sum()) for part in on_device)
-        value = total / sum(part.tokens for part in parts)
-        if value - value != 0:
-            raise NotFinite(
-                f"step {step}: the NLL of the probe {name!r} is {value}; try a smaller learning rate."
-            )
-        return value
+        if step % self.settings.probe_every == 0 or step == self.steps:
+            self._log(step, self.probes.measure(step))
 
     # --- state ----------------------------------------------------------------------------------------------
 

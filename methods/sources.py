@@ -1,12 +1,14 @@
-"""Where named data sets come from: the built-in world, local files, pinned revisions on the hub.
+"""Where named data sets come from: built in, local files, pinned revisions on the hub.
 
 A name is ``<folder>/<file stem>``; several are joined by ``+``; each may end in a range of rows::
 
     authors/retain90+authors/facts      tofu/retain99[0:360]      wikitext2/valid.unk
+    arithmetic/addition59/train         digits/test               mnist/train (idx files)
     Salesforce/wikitext@<40 hex digits>/wikitext-2-raw-v1/test    (any hub data set: repo@revision/config/split)
 
-``authors/*`` is generated (``methods.world``; ``authors`` alone is everything a tokenizer is trained on). Anything
-else is a file below ``--config data=DIR`` or, where DIR has none, one of the hub sets in ``HUB``.
+``authors/*`` is generated (``methods.world``; ``authors`` alone is everything a tokenizer is trained on), and so is
+``arithmetic/*`` (``methods.algorithmic``); ``digits/*`` is scikit-learn's (``methods.digits``). Anything else is a file
+below ``--config data=DIR`` or, where DIR has none, one of the hub sets in ``HUB``.
 ``methods.data`` re-exports ``Locator``; its REVISION covers this file, too.
 """
 
@@ -22,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from methods import world
+from methods import algorithmic, digits, world
 from methods.find import nearest
 from methods.stage import AssayError
 
@@ -180,9 +182,11 @@ HUB: dict[str, _Hub] = {
     "c4/train": _Hub("allenai/c4", _C4, None, "train", "en/c4-train.00000-of-01024.json.gz"),
     "c4/validation": _Hub("allenai/c4", _C4, None, "validation", "en/c4-validation.00000-of-00008.json.gz"),
 }
+# Folders whose files are images of the same ten digits, or of ten other things, in idx files.
+_IMAGE_FOLDER = re.compile(r"[\w\-]*mnist")
 # Folders whose files are running text: with ``scale=smoke`` they are replaced by text of the built-in world.
 _TEXT_FOLDER = re.compile("wikitext|tinystories|c4|tinyshakespeare")
-_HELD_OUT = re.compile("test|valid")
+_HELD_OUT = re.compile("test|valid|t10k")
 
 
 def _is_hub(part: _Part) -> bool:
@@ -191,14 +195,42 @@ def _is_hub(part: _Part) -> bool:
 
 
 def _stand_in(path: str) -> str | None:
-    """The split of the built-in world that replaces a data set nobody has at hand, at ``scale=smoke``."""
+    """What is built in and replaces a data set that is not at hand, at ``scale=smoke``."""
     folder, _, rest = path.partition("/")
     if folder == "tofu":
         split = re.sub(r"^holdout\d+", "holdout", rest)
-        return split if split in world.SPLITS else None
+        return f"authors/{split}" if split in world.SPLITS else None
     if "@" in path or _TEXT_FOLDER.match(folder):
-        return "text_holdout" if _HELD_OUT.search(rest) else "text"
+        return "authors/text_holdout" if _HELD_OUT.search(rest) else "authors/text"
+    if _IMAGE_FOLDER.fullmatch(folder):
+        return "digits/test" if _HELD_OUT.search(rest) else "digits/train"
     return None
+
+
+# --- built in ---------------------------------------------------------------------------------------------
+
+# Folders whose data sets need no file, each with what makes the rows of one.
+_BUILT_IN: dict[str, Callable[[str], list[Row]]] = {
+    "authors": world.rows,
+    "arithmetic": algorithmic.rows,
+    "digits": digits.rows,
+}
+
+
+def _built_in_names() -> list[str]:
+    """Those that are listed: of arithmetic, the usual sizes."""
+    splits = {"authors": world.SPLITS, "arithmetic": algorithmic.names(), "digits": digits.SPLITS}
+    return [f"{folder}/{split}" for folder, found in splits.items() for split in found]
+
+
+def _built_in(name: str) -> list[Row]:
+    folder, _, split = name.partition("/")
+    return _BUILT_IN[folder](split)
+
+
+@cache
+def _built_in_digest(name: str) -> str:
+    return _sha256(json.dumps(_built_in(name), sort_keys=True, ensure_ascii=True, separators=(",", ":")))
 
 
 # --- the locator ------------------------------------------------------------------------------------------
@@ -208,7 +240,7 @@ class Locator:
     """Finds data sets by name: built in, below ``folder`` (``--config data=DIR``), or on the hub.
 
     With ``smoke`` a hub set is replaced by the built-in world (``tofu/X`` by ``authors/X``, text by its text), and
-    so is a text file that is not there.
+    so is a text file that is not there; MNIST and its kin that are not there are replaced by scikit-learn's digits.
     Nothing is ever read from outside ``folder``, and nothing is written.
     """
 
@@ -243,11 +275,12 @@ class Locator:
         return path
 
     def _source(self, part: _Part) -> _Source:
-        if part.path.startswith("authors/"):
-            split = part.path.removeprefix("authors/")
-            if split not in world.SPLITS:
+        folder, _, split = part.path.partition("/")
+        if folder in _BUILT_IN and split:
+            # Every task and size of arithmetic has its own sentence; the others are a list.
+            if folder != "arithmetic" and part.path not in _built_in_names():
                 raise self._unknown(part.path)
-            return _WorldSource(part, split, part.taken)
+            return _BuiltInSource(part, part.path, part.taken)
         found = (
             (self._smoke_source, self._file_source)
             if _is_hub(part)
@@ -262,11 +295,11 @@ class Locator:
         return source
 
     def _smoke_source(self, part: _Part) -> _Source | None:
-        split = _stand_in(part.path) if self.smoke else None
-        if split is None:
+        name = _stand_in(part.path) if self.smoke else None
+        if name is None:
             return None
-        taken = part.taken.clamped(len(world.rows(split))) if part.taken else None
-        return _WorldSource(part, split, taken)
+        taken = part.taken.clamped(len(_built_in(name))) if part.taken else None
+        return _BuiltInSource(part, name, taken)
 
     def _file_source(self, part: _Part) -> _Source | None:
         files = self._files(part.path)
@@ -311,7 +344,7 @@ class Locator:
 
     def names(self) -> list[str]:
         """Every data set that can be named without a revision."""
-        return sorted({*(f"authors/{split}" for split in world.SPLITS), *HUB, *self._local_names()})
+        return sorted({*_built_in_names(), *HUB, *self._local_names()})
 
     def _local_names(self) -> set[str]:
         if self.folder is None:
@@ -339,18 +372,18 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _WorldSource(_Source):
+class _BuiltInSource(_Source):
     part: _Part
-    split: str
+    name: str
     taken: _Range | None
 
     def rows(self) -> list[Row]:
-        rows = world.rows(self.split)
+        rows = _built_in(self.name)
         return self.taken.take(rows, self.part.path) if self.taken else rows
 
     def digest(self) -> str:
         self.rows()  # a range beyond the end is reported before anything runs
-        return f"rows:{_world_digest(self.split)}{self.taken or ''}"
+        return f"rows:{_built_in_digest(self.name)}{self.taken or ''}"
 
 
 @dataclass(frozen=True)
@@ -377,11 +410,6 @@ class _FileSource(_Source):
     def digest(self) -> str:
         reader = _reader_name(self.files[0], self.part.path)
         return ":".join([reader, *(_file_digest(file) for file in self.files)]) + str(self.part.taken or "")
-
-
-@cache
-def _world_digest(split: str) -> str:
-    return _sha256(json.dumps(world.rows(split), sort_keys=True, ensure_ascii=True, separators=(",", ":")))
 
 
 def _sha256(text: str) -> str:
@@ -492,11 +520,18 @@ def _read_parquet(file: Path) -> list[Row]:
 
 
 def _read_idx(files: tuple[Path, ...]) -> list[Row]:
-    """Images and labels as rows: ``image`` (uint8 array, height x width) and ``label`` (int)."""
+    """Images and labels as rows: ``image`` (uint8 array, height x width), ``label`` and ``classes`` (ints).
+
+    Labels count from 0, and the file's greatest is the last class.
+    """
     images, labels = (_idx_array(file) for file in files)
     if len(images) != len(labels):
         raise AssayError(f"{files[0]} has {len(images)} images, but {files[1]} has {len(labels)} labels.")
-    return [{"image": image, "label": int(label)} for image, label in zip(images, labels, strict=True)]
+    classes = int(labels.max()) + 1 if len(labels) else 0
+    return [
+        {"image": image, "label": int(label), "classes": classes}
+        for image, label in zip(images, labels, strict=True)
+    ]
 
 
 def _idx_array(file: Path) -> Any:

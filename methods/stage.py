@@ -64,6 +64,7 @@ Schedule = Annotated[Component, _Kind("schedule")]
 Adapter = Annotated[Component, _Kind("adapter")]
 Head = Annotated[Component, _Kind("head")]
 Loss = Annotated[Component, _Kind("loss")]
+Weighting = Annotated[Component, _Kind("weighting")]
 Model = Parent
 # A reference to another chain of which not the model but the ``files/`` or ``data/`` folder is read.
 Files = Annotated[Parent, _Kind("files")]
@@ -113,6 +114,7 @@ class Claim:
     ``subject`` and ``other`` are shell-style patterns on a chain's *label* or equal to its name. ``metric`` is
     ``evaluation.metric`` (``tofu.model_utility``), ``evaluation.task.metric``, or
     ``curve.<term>@<term>=<level>``: the first term where the second first passes the level, interpolated.
+    ``<metric> relative to <chain>`` is its change against that chain in percent, seed by seed.
     ``other`` is compared with the subject by ``relation``; with no ``other``, ``value`` is.
     ``higher``/``lower``: subject is beyond other (by ``margin``). ``at_least``/``at_most``: beyond
     ``value``. ``within``: the two differ by no more than ``margin``. ``recovers``: of what ``other`` (the broken
@@ -158,10 +160,10 @@ class Stage:
 
     ``folder`` is a temporary folder that the runner checks and publishes: ``model/`` (also
     ``model@<step>/``), ``data/`` or ``files/``, and ``curve.csv``. ``parents`` maps ``"model"`` (the chain's
-    parent, absent for a first stage) and each reference option's name to a folder in Hugging Face layout, or to
-    the ``files/`` or ``data/`` folder where the option's type says so. ``notes`` goes into the record; the keys the
-    loop writes are listed in ``workflows.record.Record``. ``spent`` says what the job has used so far, over all its
-    attempts: ``kwh`` and ``seconds``; nothing where no meter runs.
+    parent, absent for a first stage) and each reference option's name (``name.1``, ``name.2``, … where it takes a list)
+    to a folder in Hugging Face layout, or to the ``files/`` or ``data/`` folder where the option's type says so.
+    ``notes`` goes into the record; the keys the loop writes are listed in ``workflows.record.Record``. ``spent`` says
+    what the job has used so far, over all its attempts: ``kwh`` and ``seconds``; nothing where no meter runs.
     """
 
     id: str

@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from methods.stage import Term, Terms
+from methods.stage import Count, Term, Terms
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import TypeIs
 
-    from methods.data import Part
+    from methods.data import Cases, Part
 
 REVISION = 1
 
@@ -60,6 +61,55 @@ def frozen(model: Callable[..., Any], part: Part, hidden: bool = False) -> Outpu
 
     with torch.no_grad():
         return forward(model, part, hidden)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores [N,V] and what they should point at [N]: every answer token of a part, or every case."""
+
+    scores: Tensor
+    targets: Tensor
+    count: Count
+
+
+@dataclass(frozen=True)
+class Entering:
+    """The hidden states [N,d] on their way into the output ``layer``, and their targets [N]."""
+
+    hidden: Tensor
+    targets: Tensor
+    count: Count
+    layer: Any
+
+
+def scored(model: Callable[..., Any], part: Part | Cases) -> Scored:
+    """Run ``model`` and keep what has a target: answer tokens of sequences, or cases."""
+    if is_cases(part):
+        return Scored(case_scores(model, part), part.labels, part.examples)
+    outputs = forward(model, part)
+    return Scored(outputs.logits[outputs.mask], outputs.targets[outputs.mask], part.tokens)
+
+
+def entering(model: Any, part: Part | Cases) -> Entering:
+    """As ``scored``, but stopped before the output layer, for losses that apply it themselves."""
+    from methods.architectures import output_layer, without_head
+
+    layer = output_layer(model)
+    with without_head(model):
+        found = scored(model, part)
+    return Entering(found.scores, found.targets, found.count, layer)
+
+
+def case_scores(model: Any, cases: Cases) -> Tensor:
+    """Scores [B,V] of a classifier's classes."""
+    return widen(model(**{model.main_input_name: cases.inputs}).logits)
+
+
+def is_cases(part: Any) -> TypeIs[Cases]:
+    """Whether a part of a batch is cases to classify and not sequences."""
+    from methods.data import Cases
+
+    return isinstance(part, Cases)
 
 
 def token_nll(outputs: Outputs) -> Tensor:

@@ -1,7 +1,10 @@
 """Runs any method or evaluation in this process as the runner does, on a two-layer model of 14 thousand weights.
 
+What works on classifiers alone is run on small ones: of tokens, or of the kind that ``KIND`` names.
+
 The generic tests find methods, components and evaluations by themselves. What a new one may need here is an entry in
-``NEEDS`` (an option without a default) or in ``SECOND`` (a second value of an option whose type does not suggest one).
+``NEEDS`` (an option without a default), in ``SECOND`` (a second value of an option whose type does not suggest one), in
+``KIND`` (images, or two classes) or in ``HOST`` (a component that the usual method cannot take).
 
 ``python -m tests.generic --write`` renews ``tests/numbers.json``.
 """
@@ -28,11 +31,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.find import Found, catalogue
-from methods.stage import AssayError, Component, Parent, Row, Scoring, Stage
+from methods.stage import AssayError, Component, Parent, Row, Scoring, Stage, Term
 from workflows import code, promises
 from workflows.notation import Call, Name, Value, format_value
 from workflows.options import OptionField, Resolved, decode_config, encode_config, fields_of, resolve
-from workflows.parts import needs_model
+from workflows.parts import needs_model, tasks_of
 from workflows.record import Job, ParentRef, Store
 
 if TYPE_CHECKING:
@@ -46,6 +49,32 @@ RETAIN = "authors/retain90[0:6]+authors/facts[0:4]"
 DATA = f"{RETAIN}+{FORGET}"
 OTHER_DATA = "authors/retain90[20:32]"
 STEPS = 5
+
+# The models that something can be tried on, by kind: the rows they have learnt, and others of the same form.
+DATA_OF: dict[str, tuple[str, str]] = {
+    "language": (DATA, OTHER_DATA),
+    "tokens": ("arithmetic/addition7/train[0:18]", "arithmetic/addition7/train[18:36]"),
+    "images": ("digits/train[0:18]", "digits/train[18:36]"),
+    "two_classes": ("marks/train[0:18]", "marks/train[18:36]"),
+}
+# Kinds of what is not tried on the language model, or where it works on classifiers on the one of tokens.
+KIND: dict[str, str] = {
+    "model.mlp": "images",
+    "model.cnn": "images",
+    "model.vit": "images",
+    "classify": "images",
+    "loss.anyloss": "two_classes",
+    "train.saf": "tokens",
+    "train.smooth_adversarial": "images",
+}
+# Methods that a component is run in where it is not the usual one of its kind.
+HOST: dict[str, str] = {"loss.anyloss": "train.classify"}
+# The options of the new classifiers.
+BUILD: dict[str, tuple[str, dict[str, Value]]] = {
+    "tokens": ("model.token_mlp", {"hidden": (16,)}),
+    "images": ("model.mlp", {"hidden": (12,)}),
+    "two_classes": ("model.mlp", {"hidden": (12,)}),
+}
 
 # Options of every run, wherever a method, component or evaluation has them.
 SMALL: dict[str, Value] = {
@@ -82,11 +111,29 @@ SMALL_OF: dict[str, dict[str, Value]] = {
     "muse": {"verbatim": "authors/text[108:120]"},
     "relearn": {"data": "authors/forget10_perturbed[0:8]", "examples": 4, "after": (2, 3), "learning_rate": 0.003,
                 "rows_per_step": 2, "reference": Name("other")},
+    "model.gpt2": {"hidden": 16, "heads": 4, "vocabulary": 384, "tokenizer": "authors/full"},
+    "model.cnn": {"channels": (2, 3), "hidden": 8},
+    "model.vit": {"hidden": 8, "mlp": 8},
     "optimizer.adamw": {"learning_rate": 0.003},
     "optimizer.sgd": {"learning_rate": 0.1},
+    "train.smooth_adversarial": {"nu": 0.2},
+    "weighting.linear_upper": {"warmup_steps": 0},
+    "weighting.quadratic": {"warmup_steps": 0},
+    "weighting.extremes": {"warmup_steps": 0},
+    "weighting.upper": {"warmup_steps": 0},
     "head.euclidean": {"exponent": 4.0},
     "head.cosine": {"exponent": 4.0},
+    **{f"head.{name}": {"exponent": 4.0} for name in
+       ("manhattan", "minkowski", "chebyshev", "canberra", "bray_curtis", "hamming")},
+    "geometry": {"points": 40, "components": 8},
 }  # fmt: skip
+
+# A few rows of which every step is an epoch, and a term that stands in all but the first of them.
+TRAJECTORY: dict[str, Value] = {
+    "data": "arithmetic/addition7/train[0:4]",
+    "start_epoch": 0,
+    "minus_epochs": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -117,6 +164,23 @@ SECOND: dict[str, Change] = {
     "probe": Change(("retain=authors/retain90[0:2]",)),
     "checkpoints": Change((2,)),
     "loss": Change(Call("cross_entropy", (("label_smoothing", 0.1),))),
+    "loss.cross_entropy:convention": Change("t5x", {"label_smoothing": 0.1}),
+    "loss.logit_z:convention": Change("t5x", {"label_smoothing": 0.1}),
+    "loss.cut_cross_entropy:implementation": Change("blockwise"),
+    "loss.spherical_z:epsilon": Change(0.1),
+    "loss.eisl:ngrams": Change((1, 3)),
+    "loss.eisl:ngram_factor": Change(0.5, {"ce_factor": 1.0}),
+    "loss.anyloss:beta": Change(2.0, {"metric": "f_beta"}),
+    "loss.anyloss:epsilon": Change(0.01, {"metric": "g_mean"}),
+    "head": Change(Call("euclidean", (("exponent", 4.0),))),
+    "weighting": Change(Call("linear_upper", (("warmup_steps", 0),))),
+    "train.saf:variant": Change("mesa", TRAJECTORY),
+    "train.saf:strength": Change(0.1, TRAJECTORY),
+    "train.saf:temperature": Change(1.0, TRAJECTORY),
+    "train.saf:start_epoch": Change(2, TRAJECTORY),
+    "train.saf:end_epoch": Change(3, TRAJECTORY),
+    "train.saf:minus_epochs": Change(2, TRAJECTORY),
+    "train.saf:decay": Change(0.5, TRAJECTORY | {"variant": "mesa"}),
     "scale_by_temperature": Change(False, {"temperature": 2.0}),
     "pattern": Change("2:4", {"sparsity": None, "pattern": "1:4"}),
     "warmup_steps": Change(2),
@@ -133,8 +197,31 @@ SECOND: dict[str, Change] = {
     "unlearn.realign:task": Change("authors/forget10[8:16]"),
     "unlearn.realign:depth": Change(1.0, {"objective": "direction"}),
     "unlearn.reglu:adapter": Change(Call("lora", (("rank", 2),))),
+    "head.chebyshev:alpha": Change(2.0, {"smooth": True}),
+    "head.canberra:minimum_denominator": Change(0.5, {"variant": "robust"}),
+    "head.canberra:weight_power": Change(1.5, {"variant": "weighted"}),
+    "head.canberra:normalize_weights": Change(False, {"variant": "weighted"}),
+    "head.bray_curtis:minimum_sum": Change(50.0, {"variant": "normalized"}),
+    "head.hamming:impl": Change("toy", {"variant": "hard"}),
+    "head.hamming:threshold": Change(0.1, {"variant": "hard"}),
+    "head.hamming:straight_through": Change("official", {"variant": "hard"}),
     "model.new:tokenizer": Change("authors/facts"),
+    "model.gpt2:tokenizer": Change("authors/facts"),
     "model.smoke:stands_for": Change("somebody/model"),
+    "model.mlp:data": Change("marks/train"),
+    "model.mlp:hidden": Change((6, 6)),
+    "model.cnn:data": Change("marks/train"),
+    "model.cnn:channels": Change((3,)),
+    "model.vit:data": Change("marks/train", {"patch": 2}),
+    "model.vit:patch": Change(2),
+    "model.token_mlp:data": Change("arithmetic/addition5/train"),
+    "model.token_mlp:hidden": Change((6, 6)),
+    "model.token_mlp:bottleneck": Change(False, {"tied": False}),
+    "model.token_mlp:output_bias": Change(False, {"tied": False}),
+    "model.token_transformer:data": Change("arithmetic/addition5/train"),
+    "classify:metrics": Change(("balanced_accuracy",)),
+    "classify:beta": Change(2.0, {"metrics": ("f_beta_macro",)}),
+    "classify:attack_steps": Change(3, {"radius": 0.1}),
     "perplexity:data": Change("authors/text_holdout[0:20]"),
     "perplexity:stride_tokens": Change(32),
     "membership:members": Change("authors/forget10[8:16]"),
@@ -155,6 +242,14 @@ SECOND: dict[str, Change] = {
     "retain_kl:context_tokens": Change(30),
     "relearn:after": Change((2, 4)),
     "quantize_probe:bits": Change((4,)),
+    "geometry:centres": Change(OTHER_DATA),
+    "geometry:quadruples": Change("words/quadruples"),
+    "geometry:scale": Change("datapoint", {"quadruples": "words/quadruples"}),
+    "stability:train": Change("probe.other.accuracy"),
+    "stability:test": Change("probe.other.accuracy"),
+    "stability:validation": Change("probe.other"),
+    "stability:loss": Change("other"),
+    "stability:thresholds": Change((0.5,)),
     "speed:seconds": Change(0.1),
 }
 
@@ -181,6 +276,10 @@ class World:
         names = dict.fromkeys(("whole", *(name for several in NAMED.values() for name in several)))
         return {name: self.folder / name for name in names}
 
+    def of_kind(self, kind: str) -> dict[str, Path]:
+        """The same names for the models of a kind; made when they are first asked for."""
+        return self.parents if kind == "language" else self.parents | _classifiers(kind)
+
     def fresh(self) -> Path:
         """An empty folder."""
         path = self.folder / f"run-{next(self._counter)}"
@@ -191,11 +290,16 @@ class World:
 _KEPT: list[tempfile.TemporaryDirectory[str]] = []
 
 
+def _kept() -> Path:
+    """A folder that lasts as long as the process."""
+    _KEPT.append(tempfile.TemporaryDirectory(prefix="assay-generic-", ignore_cleanup_errors=True))
+    return Path(_KEPT[-1].name)
+
+
 @cache
 def world() -> World:
     """The models, made once a process. They learn in float64, so that they are the same on every machine."""
-    _KEPT.append(tempfile.TemporaryDirectory(prefix="assay-generic-", ignore_cleanup_errors=True))
-    made = World(Path(_KEPT[-1].name))
+    made = World(_kept())
     start = run("model.new", made, check=False).folder / "model"
     _teach(start, made.parents)
     _answer(made.parents)
@@ -203,21 +307,51 @@ def world() -> World:
     return made
 
 
-def _teach(start: Path, targets: Mapping[str, Path]) -> None:
-    """Learn ``DATA`` by heart, then zero the smallest weights of every projection."""
+@cache
+def _classifiers(kind: str) -> dict[str, Path]:
+    """The classifiers of a kind, made once a process."""
+    made, (builder, options) = world(), BUILD[kind]
+    start = run(builder, made, check=False, data=DATA_OF[kind][0], **options).folder / "model"
+    targets = {name: made.folder / kind / name for name in ("whole", *NAMED["model"])}
+    _teach(start, targets, DATA_OF[kind][0])
+    return targets
+
+
+@cache
+def sets() -> Path:
+    """Data sets that are not built in: lying (0) and standing (1) marks on pictures of 6 x 6, and four words a row."""
+    folder = _kept()
+    draw, rows = random.Random(0).random, []
+    for number in range(36):
+        label, at = number % 2, number // 2 % 6
+        image = [[round(0.5 * draw(), 3) for _ in range(6)] for _ in range(6)]
+        for step in range(6):
+            across, down = (at, step) if label else (step, at)
+            image[down][across] += 0.4
+        rows.append({"image": image, "label": label, "classes": 2})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "marks").mkdir()
+    (folder / "marks" / "train.jsonl").write_text(text, encoding="utf-8")
+    (folder / "words").mkdir()
+    words = "".join(json.dumps({"words": list(four)}) + "\n" for four in ("abcd", "eotn", "risl"))
+    (folder / "words" / "quadruples.jsonl").write_text(words, encoding="utf-8")
+    return folder
+
+
+def _teach(start: Path, targets: Mapping[str, Path], data: str = DATA) -> None:
+    """Learn the data by heart, then zero the smallest weights of every projection."""
     import torch
 
     from methods.checkpoint import load_model, save_model
-    from methods.terms import answer_nll, forward
 
     def keep(name: str) -> None:
         save_model(copy.deepcopy(model).float(), targets[name], start, "float32")
 
-    model, part = load_model(start, device="cpu", train=True).double(), part_of(start, DATA)
+    model, part = load_model(start, device="cpu", train=True).double(), part_of(start, data)
     _draw(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     for step in range(60):
-        term = answer_nll(part, forward(model, part))
+        term = _nll(model, part)
         optimizer.zero_grad()
         (term.sum / term.count).backward()
         optimizer.step()
@@ -226,6 +360,26 @@ def _teach(start: Path, targets: Mapping[str, Path]) -> None:
     keep("whole")
     _zero(model, 0.3)
     keep("sparse")
+    _write_curve(targets["whole"].parent)
+
+
+def _write_curve(folder: Path) -> None:
+    """An invented learning curve, where a stage has its own: beside its model."""
+    from methods.loop import write_curve
+
+    rows = []
+    for step in range(60):
+        falling = {
+            "train": 0.95,
+            "other": 0.9,
+            "probe.test": 0.97,
+            "probe.other": 0.94,
+            "gradient_norm": 0.99,
+        }
+        rows += [(step, term, 4 * base**step + 0.1 * (step % 7 == 3)) for term, base in falling.items()]
+        rising = {"probe.train.accuracy": 8, "probe.test.accuracy": 12, "probe.other.accuracy": 16}
+        rows += [(step, term, 1 - 0.9 ** (10 * step / slow)) for term, slow in rising.items()]
+    write_curve(folder / "curve.csv", rows)
 
 
 def _answer(targets: Mapping[str, Path]) -> None:
@@ -263,7 +417,8 @@ def _draw(model: Any) -> None:
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
-                values = [draw(0.0, 0.02) for _ in range(weight.numel())]
+                width = 0.02 if model.main_input_name == "input_ids" and hasattr(model, "lm_head") else 0.3
+                values = [draw(0.0, width) for _ in range(weight.numel())]
                 weight.copy_(torch.tensor(values, dtype=torch.float64).view_as(weight))
 
 
@@ -272,19 +427,28 @@ def _zero(model: Any, share: float) -> None:
 
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "proj" in name:
+            if inner(name, weight):
                 limit = weight.abs().flatten().kthvalue(int(weight.numel() * share)).values
                 weight.masked_fill_(weight.abs() <= limit, 0.0)
 
 
-def part_of(folder: Path, data: str) -> Any:
-    """All rows of a data set as one batch."""
-    from methods.checkpoint import load_tokenizer
-    from methods.data import Locator, Style, collate, encode, padding_id
+def inner(name: str, weight: Tensor) -> bool:
+    """Whether a weight is a matrix inside a model, neither its embedding nor its output layer."""
+    return "proj" in name or (name.startswith("hidden.") and weight.ndim > 1)
 
+
+def part_of(folder: Path, data: str) -> Any:
+    """All rows of a data set as one batch: sequences, or cases for a classifier."""
+    from methods.checkpoint import is_classifier, load_tokenizer
+    from methods.data import Locator, Style, collate, encode, padding_id, read_cases
+
+    rows = Locator(sets()).rows(data)
+    if is_classifier(folder):
+        table = read_cases(rows, data)
+        return table.batch(range(len(table)), "train")
     tokenizer = load_tokenizer(folder)
-    rows = encode(Locator().rows(data), tokenizer, Style.read(folder), 64)
-    return collate(rows, padding_id(tokenizer), "train")
+    examples = encode(rows, tokenizer, Style.read(folder), 64)
+    return collate(examples, padding_id(tokenizer), "train")
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -296,16 +460,26 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def nll(folder: Path, data: str) -> float:
-    """Nats per answer token."""
+    """Nats per answer token, or per case of a classifier."""
     import torch
 
     from methods.checkpoint import load_model
-    from methods.terms import answer_nll, forward
 
     model = load_model(folder, device="cpu")
     with torch.no_grad():
-        term = answer_nll(part_of(folder, data), forward(model, part_of(folder, data)))
+        term = _nll(model, part_of(folder, data))
     return float(term.sum / term.count)
+
+
+def _nll(model: Any, part: Any) -> Term:
+    from torch.nn.functional import cross_entropy
+
+    from methods.terms import answer_nll, forward, is_cases, scored
+
+    if not is_cases(part):
+        return answer_nll(part, forward(model, part))
+    found = scored(model, part)
+    return Term(cross_entropy(found.scores, found.targets, reduction="sum"), found.count)
 
 
 # --- a run ---------------------------------------------------------------------------------------------------
@@ -375,6 +549,7 @@ def run(
     *,
     seed: int = 0,
     parent: str = "whole",
+    models_of: str | None = None,
     check: bool = True,
     **options: Value,
 ) -> Outcome:
@@ -382,15 +557,16 @@ def run(
 
     Args:
         parent: which of the world's models it starts from; a reference option names the same way.
+        models_of: of which kind these models are; default: the method's own.
     """
     at = at or world()
     found = catalogue().method(name)
-    config = through_json(resolved(found, small_options(found) | options))
+    kind = models_of or kind_of(found)
+    config = through_json(resolved(found, small_options(found, kind) | options))
     folder = at.fresh()
-    parents = {
-        **references(config, at),
-        **({"model": at.parents[parent]} if needs_model(found) else {}),
-    }
+    parents = references(config, at, kind)
+    if needs_model(found):
+        parents["model"] = at.of_kind(kind)[parent]
     _seed(seed)
     stage = Stage(method=name, **_common(found, config, seed, parents, folder))
     module = found.load()
@@ -420,11 +596,16 @@ def score(name: str, *, seed: int = 0, models: Models | None = None, **options: 
     found, at = catalogue().evaluation(name), world()
     config = through_json(resolved(found, small_options(found) | options))
     folder = at.fresh()
-    parents = {**references(config, at), "model": at.parents["whole"]}
+    parents = {**references(config, at, kind_of(found)), "model": scored_model(found)}
     _seed(seed)
     common = _common(found, config, seed, parents, folder)
     scoring = Scoring(evaluation=name, models=models or Models(), **common)
     return list(found.load().evaluate(scoring))
+
+
+def scored_model(found: Found) -> Path:
+    """The model that an evaluation is tried on."""
+    return world().of_kind(kind_of(found))["whole"]
 
 
 def _common(found: Found, config: Any, seed: int, parents: dict[str, Path], folder: Path) -> dict[str, Any]:
@@ -436,7 +617,8 @@ def _common(found: Found, config: Any, seed: int, parents: dict[str, Path], fold
     result.mkdir()
     return {
         "id": f"{found.name}-000000000000", "config": config, "seed": seed, "parents": parents, "folder": result,
-        "progress": Progress(folder / "scratch", seed), "data": Locator(smoke=True),
+        "progress": Progress(folder / "scratch", seed),
+        "data": Locator(sets(), smoke=True),
     }  # fmt: skip
 
 
@@ -445,7 +627,7 @@ def _job(found: Found, config: Any, parents: Mapping[str, Path], seed: int) -> J
     references = {key: ParentRef(id=key, path=str(path)) for key, path in parents.items()}
     return Job(
         id=f"{found.name}-000000000000", digest="", recipe="", kind="stage", method=found.name, label=found.name,
-        config=encode_config(config, how=True), parents=references, seed=seed, code={}, content={}, threads=1,
+        config=encode_config(config), parents=references, seed=seed, code={}, content={}, threads=1,
         country="FRA", resources={},
     )  # fmt: skip
 
@@ -469,14 +651,27 @@ def needed_options(found: Found) -> dict[str, Value]:
     options = {}
     for option in fields_of(found.load().Config):
         if option.default is dataclasses.MISSING:
-            options[option.name] = Name(NAMED[option.part][0]) if option.reference else SMALL.get(option.name)
+            options[option.name] = _named(option, 0) if option.reference else SMALL.get(option.name)
     return options | NEEDS.get(found.name, {})
 
 
-def small_options(found: Found) -> dict[str, Value]:
-    """The options of every run of a method, component or evaluation."""
+def _named(option: OptionField, number: int) -> Value:
+    """A result that a reference option may name, or a list of that one."""
+    name = Name(NAMED[option.part][number])
+    return (name,) if option.several else name
+
+
+def kind_of(found: Found) -> str:
+    """The kind of models that a method, component or evaluation is tried on."""
+    usual = "language" if "language" in tasks_of(found.load()) else "tokens"
+    return KIND.get(found.name, usual)
+
+
+def small_options(found: Found, kind: str | None = None) -> dict[str, Value]:
+    """The options of every run of a method, component or evaluation, with rows of a kind (default: its own)."""
     names = {option.name for option in fields_of(found.load().Config)}
-    small = {name: value for name, value in SMALL.items() if name in names}
+    usual = SMALL | {"data": DATA_OF[kind or kind_of(found)][0]}
+    small = {name: value for name, value in usual.items() if name in names}
     return needed_options(found) | small | SMALL_OF.get(found.name, {})
 
 
@@ -488,18 +683,23 @@ def resolved(found: Found, options: Mapping[str, Value]) -> Resolved:
 
 def through_json(call: Resolved) -> Any:
     """The config as a job reads it from its frozen file."""
-    text = json.dumps(encode_config(call.config, how=True), allow_nan=False)
+    text = json.dumps(encode_config(call.config), allow_nan=False)
     return decode_config(type(call.config), json.loads(text))
 
 
-def references(config: Any, at: World) -> dict[str, Path]:
+def references(config: Any, at: World, kind: str) -> dict[str, Path]:
     """The folders that a config's reference options mean."""
     named = {
         option.name: getattr(config, option.name)
         for option in fields_of(config.__class__)
         if option.reference
     }
-    return {name: at.parents[value.id] for name, value in named.items() if value is not None}
+    found = {}
+    for name, value in named.items():
+        several = value if isinstance(value, tuple) else ()
+        found |= {f"{name}.{number}": one for number, one in enumerate(several, start=1)}
+        found |= {name: value} if isinstance(value, Parent) else {}
+    return {name: at.of_kind(kind)[value.id] for name, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -526,6 +726,8 @@ def cases(found: Found) -> list[Case]:
 def changes(found: Found, option: OptionField) -> list[Change]:
     """Second values: from the table, every other value of a Literal, or the first valid guess by type."""
     listed = SECOND.get(f"{found.name}:{option.name}") or SECOND.get(option.name)
+    if listed is SECOND["data"]:
+        listed = Change(DATA_OF[kind_of(found)][1])
     if listed is not None:
         return [listed]
     now = small_options(found).get(option.name, option.default)
@@ -552,7 +754,8 @@ def fits(found: Found, options: Mapping[str, Value]) -> bool:
 def guesses(option: OptionField, now: Value) -> Iterator[Value]:
     """Values to try as a second one, by kind and type."""
     if option.reference:
-        yield from (Name(name) for name in reversed(NAMED[option.part]) if Name(name) != now)
+        values = [_named(option, number) for number in range(len(NAMED[option.part]))]
+        yield from (value for value in reversed(values) if value != now)
     elif option.kind is not None and option.kind != "dataset":
         current = now.name if isinstance(now, (Component, Call)) else None
         names = (name.partition(".") for name in catalogue().components)
@@ -590,10 +793,11 @@ def literals(hint: Any) -> tuple[Any, ...]:
 # --- components ----------------------------------------------------------------------------------------------
 
 
-def host(kind: str) -> Found:
-    """A method that takes components of that kind: ``train.sft`` where it does, else the first."""
-    methods = sorted(catalogue().methods.values(), key=lambda found: found.name != "train.sft")
-    return next(found for found in methods if slot(found, kind) is not None)
+def host(component: Found) -> Found:
+    """A method that takes the component: the one in ``HOST``, ``train.sft`` where it does, else the first."""
+    wanted = HOST.get(component.name, "train.sft")
+    methods = sorted(catalogue().methods.values(), key=lambda found: found.name != wanted)
+    return next(found for found in methods if slot(found, component.family) is not None)
 
 
 def slot(found: Found, kind: str) -> str | None:
@@ -605,11 +809,12 @@ def run_component(
     found: Found, *, parent: str = "whole", beside: Mapping[str, Value] | None = None, **options: Value
 ) -> Outcome:
     """Run the host method with this component; ``beside`` are options of the host."""
-    method = host(found.family)
+    method = host(found)
     place = slot(method, found.family)
     assert place is not None
     call = Call(found.name.partition(".")[2], tuple((small_options(found) | options).items()))
-    return run(method.name, parent=parent, **{**(beside or {}), place: call})
+    kind = KIND.get(found.name, kind_of(method))
+    return run(method.name, parent=parent, models_of=kind, **{**(beside or {}), place: call})
 
 
 @cache

@@ -145,6 +145,31 @@ def test_a_loss_of_the_whole_batch_is_exact_under_micro_batches() -> None:
             torch.testing.assert_close(gradient[name], expected[name], rtol=1e-10, atol=1e-14)
 
 
+def weigh(losses: torch.Tensor, step: int) -> torch.Tensor:
+    """Weights that no row could tell by itself: they depend on the range of all losses."""
+    return torch.softmax((losses - losses.min()) / (losses.max() - losses.min()), dim=0)
+
+
+def weighted(model: Any, batch: Any) -> Terms:
+    part = batch.forget
+    losses = sequence_nll(forward(model, part)) / part.mask.sum(-1)
+    weights = batch.weigh(losses.detach())
+    assert not weights.requires_grad
+    return {"forget": Term((weights * losses).sum(), Count(1.0, "batch"))}
+
+
+@pytest.mark.parametrize("micro_batch", [3, 1])
+def test_rows_are_weighed_among_all_rows_of_the_batch_whatever_the_micro_batches(micro_batch: int) -> None:
+    means, whole = gradient_of(weighted, weigh=weigh)
+    cut_means, pieces = gradient_of(weighted, weigh=weigh, micro_batch=micro_batch)
+    assert cut_means == pytest.approx(means, rel=1e-12)
+    assert means != pytest.approx(
+        gradient_of(weighted, weigh=lambda losses, _: losses * 0 + 1 / 7)[0], rel=1e-4
+    )
+    for name in whole:
+        torch.testing.assert_close(pieces[name], whole[name], rtol=1e-10, atol=1e-14)
+
+
 def test_two_terms_by_hand() -> None:
     # L = 2 * (1 w + 3 w) / 4 - (5 w) / 10, so dL/dw = 2 - 0.5
     class Line(torch.nn.Module):

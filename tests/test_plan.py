@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from methods.stage import AssayError
 from tests.toy import experiments as toy
 from workflows import code, plan
 from workflows.experiment import Evaluation
+from workflows.parts import tasks_of
 from workflows.plan import Plan, Point
 from workflows.record import Store, canonical, digest, read_job, write_atomic
 
@@ -102,6 +104,18 @@ def test_options_that_say_how_do_not_enter_the_id(tmp_path: Path) -> None:
     three = make(tmp_path, {"target": TRAIN.replace("batch=4", "batch=2")})
     assert ids(one, "train.sft") == ids(two, "train.sft")
     assert ids(one, "train.sft") != ids(three, "train.sft")
+
+
+def test_options_of_a_component_that_say_how_do_not_enter_the_id_either(tmp_path: Path) -> None:
+    blocks = 'cut_cross_entropy(implementation="blockwise")'
+    one, two = (
+        make(tmp_path, {"target": TRAIN.replace("batch=4", f"batch=4, loss={loss}")})
+        for loss in ("cut_cross_entropy()", blocks)
+    )
+    assert one.jobs.keys() == two.jobs.keys()
+    job, other = one.jobs[ids(one, "train.sft")[0]], two.jobs[ids(two, "train.sft")[0]]
+    assert job.label == other.label
+    assert [each.config["loss"]["options"]["implementation"] for each in (job, other)] == ["auto", "blockwise"]
 
 
 def test_a_default_written_out_is_the_same_job_with_the_same_label(tmp_path: Path) -> None:
@@ -523,3 +537,182 @@ def test_at_smoke_scale_a_trajectory_has_its_first_step(tmp_path: Path) -> None:
     assert early is not None and early.parents["model"].step == 1
     with pytest.raises(AssayError, match="target keeps no models on its way"):
         toy_plan(tmp_path, chains, {"size": "{run: size, of: [target@steps]}"}, scale="smoke")
+
+
+# --- tasks and kinds of models -------------------------------------------------------------------------------------
+
+KINDS = """title: t
+country: FRA
+models:
+  base: {new: llama, hidden: 16, layers: 1, heads: 2, mlp: 16}
+  net: {new: mlp, data: digits/train, hidden: [8]}
+  words: {new: gpt2, hidden: 768, layers: 12, heads: 12, vocabulary: 3000}
+chains:
+  known: 'base > train.sft(data="authors/forget01", steps=2)'
+  taught: 'net > train.classify(data="digits/train", steps=2)'
+"""
+
+
+def of_kinds(folder: Path, more: str = "", change: tuple[str, str] = ("", ""), **config: Any) -> Plan:
+    path = folder / "toy.yaml"
+    path.write_text(KINDS.replace(*change) + more)
+    return plan.load({"experiment": str(path), "results": str(folder / "results"), **config})
+
+
+def test_a_new_model_of_a_kind_is_made_by_the_method_of_that_name(tmp_path: Path) -> None:
+    built = of_kinds(tmp_path, "  spoken: 'words > prune.magnitude(sparsity=0.5)'\n")
+    made = {point.base: point.task for point in built.points}
+    assert made == {"base": "language", "net": "classification", "words": "language"}
+    methods = {job.method for job in built.jobs.values() if not job.parents}
+    assert methods == {"model.new", "model.mlp", "model.gpt2"}
+    net = next(job for job in built.jobs.values() if job.method == "model.mlp")
+    assert net.config["hidden"] == [8]
+    assert set(net.content) == {"digits/train"}
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [("mpl", "new: mpl: there is no such kind of new model; did you mean 'mlp'?"), ("smoke", "no such kind"),
+     ("new", "no such kind")],
+)  # fmt: skip
+def test_a_kind_that_is_none_is_a_sentence_with_the_nearest(tmp_path: Path, word: str, sentence: str) -> None:
+    with pytest.raises(AssayError) as caught:
+        of_kinds(tmp_path, change=("new: mlp", f"new: {word}"))
+    assert sentence in str(caught.value)
+    assert "toy.yaml, line 5: model net: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (
+            "  odd: 'net > unlearn.npo'\n",
+            "toy.yaml, line 10: chain odd: unlearn.npo works on language models; net is a classifier (new: mlp).",
+        ),
+        (
+            "  odd: 'taught > train.sft'\n",
+            "train.sft works on language models; net is a classifier (new: mlp).",
+        ),
+        (
+            "  odd: 'base > train.classify(data=\"digits/train\")'\n",
+            "train.classify works on classifiers; base is a language model (new: llama).",
+        ),
+        (
+            "  odd: 'known > distill.forward_kl(teacher=taught)'\n",
+            "distill.forward_kl works on language models; teacher=taught is a classifier (new: mlp).",
+        ),
+        (
+            "evaluate:\n  tasks: lm_eval(tasks=['arc_easy'])\n",
+            "lm_eval works on language models; taught is a classifier (new: mlp).",
+        ),
+        (
+            "evaluate:\n  right: {run: 'classify(data=\"digits/test\")', of: [known]}\n",
+            "classify works on classifiers; known is a language model (new: llama).",
+        ),
+        (
+            "evaluate:\n  text: {run: perplexity, of: [net]}\n",
+            "perplexity works on language models; net is a classifier (new: mlp).",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_anything_runs(
+    tmp_path: Path, more: str, sentence: str
+) -> None:
+    with pytest.raises(AssayError) as caught:
+        of_kinds(tmp_path, more)
+    assert sentence in str(caught.value), str(caught.value)
+
+
+def test_an_evaluation_of_both_tasks_scores_all(tmp_path: Path) -> None:
+    built = of_kinds(tmp_path, "evaluate:\n  size: size\n")
+    assert {shown.point.chain for shown in built.shown} == {"known", "taught"}
+
+
+def test_a_model_folder_says_by_its_class_what_it_is_for(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    config = {"architectures": ["ViTForImageClassification"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    change = ("net: {new: mlp, data: digits/train, hidden: [8]}", f"net: {{path: {tmp_path / 'model'}}}")
+    built = of_kinds(tmp_path, change=change)
+    assert {point.chain: point.task for point in built.points}["taught"] == "classification"
+    with pytest.raises(AssayError, match="works on language models; net is a classifier"):
+        of_kinds(tmp_path, "  odd: 'net > train.sft'\n", change)
+
+
+def test_at_smoke_scale_a_large_new_model_is_small(tmp_path: Path) -> None:
+    more = "  spoken: 'words > prune.magnitude(sparsity=0.5)'\n"
+    built = of_kinds(tmp_path, more, scale="smoke")
+    config = next(job.config for job in built.jobs.values() if job.method == "model.gpt2")
+    assert {key: config[key] for key in ("hidden", "layers", "heads", "vocabulary")} == {
+        "hidden": 32, "layers": 2, "heads": 1, "vocabulary": 512
+    }  # fmt: skip
+    net = next(job.config for job in built.jobs.values() if job.method == "model.mlp")
+    assert net["hidden"] == [8]
+
+
+def test_a_hub_model_of_class_gpt2_has_a_stand_in_of_that_class(tmp_path: Path) -> None:
+    hub = f"base: {{hf: openai-community/gpt2, revision: {'a' * 40}, layout: {{kind: gpt2, heads: 2}}}}"
+    path = tmp_path / "toy.yaml"
+    path.write_text(f"title: t\ncountry: FRA\nmodels:\n  {hub}\nchains:\n  target: '{TRAIN}'\n")
+    built = plan.load({"experiment": str(path), "results": str(tmp_path / "results"), "scale": "smoke"})
+    job = built.jobs[ids(built, "model.smoke")[0]]
+    assert (job.config["kind"], job.config["heads"]) == ("gpt2", 2)
+
+
+def test_what_a_file_says_of_its_tasks_is_no_code(tmp_path: Path) -> None:
+    digests = []
+    for number, text in enumerate(("A = 1\n", 'A = 1\nTASKS = ("language",)\nSMOKE = {"a": 1}\n', "A = 2\n")):
+        path = tmp_path / f"{number}.py"
+        path.write_text(text)
+        digests.append(code.file_digest(path, 0))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_task_that_is_none_is_a_sentence() -> None:
+    module = ModuleType("methods.train.odd")
+    assert tasks_of(module) == ("language",)
+    module.__dict__["TASKS"] = ("languages",)
+    with pytest.raises(AssayError, match=r"TASKS=\('languages',\); it is made of language, classification"):
+        tasks_of(module)
+
+
+# --- lists of references -------------------------------------------------------------------------------------------
+
+TWO = {"one": TRAIN, "two": "one > prune.magnitude(sparsity=0.5)"}
+
+
+def test_a_list_of_references_is_a_parent_for_each_in_order(tmp_path: Path) -> None:
+    chains = TWO | {
+        "there": "base > train.poft(references=[one, two], steps=2)",
+        "back": "base > train.poft(references=[two, one], steps=2)",
+    }
+    built = make(tmp_path, chains, seeds="[0]")
+    point = {point.chain: point for point in built.points}
+    there, back = (point[name].job for name in ("there", "back"))
+    assert there is not None and back is not None
+    first, second = point["one"].parent.id, point["two"].parent.id
+    assert {key: parent.id for key, parent in there.parents.items() if key != "model"} == {
+        "references.1": first,
+        "references.2": second,
+    }
+    assert back.parents["references.1"].id == second
+    assert there.id != back.id and there.recipe != back.recipe
+    assert there.label == "base > train.poft(steps=2, references=[one, two])"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "base > train.poft(references=one, steps=2)",
+            "takes a list of one or more: write references=[a, b]",
+        ),
+        ("base > train.poft(references=[], steps=2)", "takes a list of one or more"),
+        ("base > train.poft(references=[one, 3], steps=2)", "this option takes the name of a chain or model"),
+        ("base > distill.forward_kl(teacher=[one, two], steps=2)", "teacher takes no list"),
+    ],
+)
+def test_a_list_where_none_belongs_is_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(AssayError) as caught:
+        make(tmp_path, TWO | {"odd": text}, seeds="[0]")
+    assert sentence in str(caught.value), str(caught.value)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from methods.stage import AssayError
 from workflows.columns import Cell, Column
-from workflows.grid import unit
+from workflows.grid import plain_name, unit
 from workflows.measured import Measured
+from workflows.specs import RELATIVE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Spec = Mapping[str, Any]
+PROBE, ACCURACY = "probe.", ".accuracy"
 NARROW_LOGARITHM = 20.0
 """A logarithmic axis whose ends are closer than this factor gets plain numbers."""
 _DIRECTIONS = {
@@ -34,24 +36,30 @@ def quantity(measured: Measured, name: str, reference: str) -> Column:
     return columns[0]
 
 
-def several(value: str | Sequence[str]) -> list[str]:
-    """One name or a list of them as a list."""
-    return [value] if isinstance(value, str) else list(value)
-
-
 def quantity_label(column: Column, cells: Sequence[Cell]) -> str:
     """``forget10 · forget_nll (nats/token), lower is better``."""
-    name = column.name.removesuffix("_kwh") if column.entry == "energy" else column.name
-    said = unit(column, cells)
-    text = (name if column.at else name.replace(".", " · ")) + (f" ({said})" if said else "")
+    (name, words, chain), said = plain_name(column).partition(RELATIVE), unit(column, cells)
+    plain = name if (column.absolute or column).at else name.replace(".", " · ")
+    text = plain + words + chain + (f" ({said})" if said else "")
     return ", ".join(filter(None, [text, _DIRECTIONS.get(column.better, "")]))
 
 
-def term_label(name: str) -> str:
-    """A curve's term with its unit: probes are mean answer NLLs, losses are as the method defines them."""
-    if name.startswith("probe."):
-        return f"{name.removeprefix('probe.')} NLL of the probe (nats/token)"
+def term_label(name: str, logged: Collection[str] = ()) -> str:
+    """A curve's term with its unit: losses are as the method defines them, probes are mean NLLs or accuracies.
+
+    A probe whose accuracy is among ``logged`` is of cases that are classified; any other is of answers.
+    """
+    if name.startswith(PROBE) and name.endswith(ACCURACY):
+        return f"{probe_name(name)} accuracy (share of cases)"
+    if name.startswith(PROBE):
+        per = "case" if f"{name}{ACCURACY}" in logged else "token"
+        return f"{probe_name(name)} NLL of the probe (nats/{per})"
     return {"learning_rate": "learning rate", "gradient_norm": "gradient norm"}.get(name, f"loss term {name}")
+
+
+def probe_name(term: str) -> str:
+    """``test`` of ``probe.test`` and ``probe.test.accuracy``."""
+    return term.removeprefix(PROBE).removesuffix(ACCURACY)
 
 
 def finish(axes: Axes, spec: Spec, x_label: str, y_label: str) -> None:

@@ -5,12 +5,13 @@ Nothing here loads torch; nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from methods.checkpoint import is_classifier
 from methods.data import Locator
 from methods.find import Catalogue, Found, catalogue, nearest
 from methods.stage import AssayError, Parent
@@ -18,8 +19,8 @@ from workflows import code, notation
 from workflows.checks import Checks
 from workflows.experiment import Experiment, ModelSpec, Resources
 from workflows.notation import Assignment, Call, Chain, Choice, Name
-from workflows.options import OptionField, Resolved, encode_config, resolve
-from workflows.parts import example, listed, needs_model, parts_of
+from workflows.options import OptionField, Resolved, encode_config, encode_what, resolve
+from workflows.parts import TASKS, example, listed, needs_model, parts_of, tasks_of
 from workflows.record import Job, ParentRef, Part, digest, file_sha256
 from workflows.settings import Settings
 
@@ -30,6 +31,7 @@ class Point:
 
     ``chain`` is empty for a result inside a chain. ``step`` is None at the end of a chain, else on its trajectory: the
     step of a kept model, or 0 for the model that the last stage started from. ``before`` is that starting point.
+    ``task`` is what its model is for, one of ``workflows.parts.TASKS``.
     """
 
     chain: str
@@ -44,6 +46,7 @@ class Point:
     writes: tuple[Part, ...] = ("model",)
     step: int | None = None
     before: Point | None = None
+    task: str = "language"
 
     @property
     def shown_seed(self) -> int | None:
@@ -260,7 +263,7 @@ class Builder:
 
     def _model_point(self, name: str, spec: ModelSpec, seed: int) -> Point:
         if spec.new is not None:
-            return self._new_model(name, Call("model.new", (("kind", spec.new), *_options(spec))), seed)
+            return self._new_model(name, self._builder_of(spec), seed)
         if spec.hf is not None and self.settings.smoke:
             layout = {**spec.layout.model_dump(), "stands_for": spec.hf}
             return self._new_model(name, Call("model.smoke", tuple(layout.items())), seed)
@@ -269,15 +272,21 @@ class Builder:
             return Point(name, ParentRef(id=f"model.hub-{recipe[:12]}"), name, name, recipe, False, seed)
         folder = Path(spec.path).absolute() if spec.path else self.locator.folder_of(str(spec.data))
         recipe = digest(["folder", folder_digest(folder)])
-        return Point(
-            name,
-            ParentRef(id=f"model.folder-{recipe[:12]}", path=str(folder)),
-            name,
-            name,
-            recipe,
-            False,
-            seed,
-        )
+        parent = ParentRef(id=f"model.folder-{recipe[:12]}", path=str(folder))
+        task = "classification" if is_classifier(folder) else "language"
+        return Point(name, parent, name, name, recipe, False, seed, task=task)
+
+    def _builder_of(self, spec: ModelSpec) -> Call:
+        """``{new: KIND, ...}`` as a call of ``model.KIND``; llama is the kind of ``model.new``."""
+        found = (name.partition(".") for name in self.catalogue.methods)
+        kinds = {name for family, _, name in found if family == "model"} - {"new", "smoke"} | {"llama"}
+        if spec.new not in kinds:
+            raise AssayError(
+                f"new: {spec.new}: there is no such kind of new model{nearest(str(spec.new), kinds)}"
+            )
+        if spec.new == "llama":
+            return Call("model.new", (("kind", spec.new), *_options(spec)))
+        return Call(f"model.{spec.new}", tuple(_options(spec)))
 
     def _new_model(self, name: str, call: Call, seed: int) -> Point:
         return replace(self._stage(call, None, None, seed), chain=name, label=name, base=name)
@@ -300,7 +309,8 @@ class Builder:
         seeded = seeded_here or any(point.seeded for point in parents.values())
         base = parent.base if parent else call.name
         result = ParentRef(id=job.id, kind=writes[0])
-        return Point("", result, label, base, job.recipe, seeded, seed, job, writes=writes, before=parent)
+        made = Point("", result, label, base, job.recipe, seeded, seed, job, writes=writes, before=parent)
+        return replace(made, task=parent.task if parent else tasks_of(found.load())[0])
 
     def _check_start(self, found: Found, parent: Point | None) -> None:
         if parent is None and needs_model(found):
@@ -311,6 +321,24 @@ class Builder:
                 f"{found.name} starts from a model, but {before} before it writes {listed(parent.writes)} only: end "
                 f"the chain there, and give its name to an option that reads {listed(parent.writes)}."
             )
+        if parent is not None:
+            self.check_task(found, parent, parent.base)
+
+    def check_task(self, found: Found, point: Point, name: str) -> None:
+        """Refuse a model of another task than the method or evaluation works on; ``name`` is what it is called."""
+        known = tasks_of(found.load())
+        if "model" in point.writes and point.task not in known:
+            works_on = " and ".join(TASKS[task][1] for task in known)
+            is_one = f"{TASKS[point.task][0]}{self._whence(point)}"
+            raise AssayError(f"{found.name} works on {works_on}; {name} is {is_one}.")
+
+    def _whence(self, point: Point) -> str:
+        """`` (new: mlp)``: where the model at the beginning of the chain comes from."""
+        spec = self.experiment.models.get(point.base)
+        if spec is None:
+            return ""
+        key = next(key for key in ("new", "hf", "path", "data") if getattr(spec, key) is not None)
+        return f" ({key}: {getattr(spec, key)})"
 
     def resolved(
         self, call: Call, found: Found, member: Member | None, seed: int
@@ -320,7 +348,9 @@ class Builder:
 
         def refer(option: OptionField, name: Name) -> Parent:
             point = self._part(call, option, name, self.reference(name, member, seed))
-            references[option.name] = point
+            if option.part == "model":
+                self.check_task(found, point, f"{option.name}={notation.format_name(name)}")
+            references[_place(option, references)] = point
             return Parent(point.parent.shown)
 
         resolved = resolve(call, found, self.catalogue, refer, self.settings.smoke)
@@ -345,7 +375,7 @@ class Builder:
     def job(self, kind: Any, method: str, prefix: str, label: str, resolved: Resolved,
             parents: dict[str, Point], seed: int | None) -> Job:  # fmt: skip
         """The job of a call; the same job where it is asked for again."""
-        what = encode_config(resolved.config, how=False)
+        what = encode_what(resolved.config, self.catalogue)
         content = {name: self.content(name) for name in self._data_sets(resolved)}
         code_digests = code.code_of(resolved.found, resolved.components, self._uses(resolved))
         recipe = {"parents": {key: point.recipe for key, point in parents.items()}, "method": method, "seed": seed,
@@ -356,7 +386,7 @@ class Builder:
         if job_id not in self.jobs:
             self.jobs[job_id] = Job(
                 id=job_id, digest=full, recipe=digest(recipe), kind=kind, method=method, label=label,
-                config=encode_config(resolved.config, how=True), seed=seed, code=code_digests, content=content,
+                config=encode_config(resolved.config), seed=seed, code=code_digests, content=content,
                 parents={key: point.parent for key, point in parents.items()},
                 resources=self._resources(method), **self._surroundings,
             )  # fmt: skip
@@ -456,7 +486,19 @@ def _keep_too(job: Job, steps: Iterable[int]) -> None:
 
 
 def _with_recipes(what: dict[str, Any], parents: dict[str, Point]) -> dict[str, Any]:
-    return {key: parents[key].recipe if key in parents else value for key, value in what.items()}
+    several: dict[str, list[str]] = {}
+    for key, point in parents.items():
+        several.setdefault(key.partition(".")[0], []).append(point.recipe)
+    return {
+        key: parents[key].recipe if key in parents else several.get(key, value) for key, value in what.items()
+    }
+
+
+def _place(option: OptionField, taken: Collection[str]) -> str:
+    """What a referenced result is called among the parents: ``teacher``, or of a list ``references.1``, and so on."""
+    if not option.several:
+        return option.name
+    return f"{option.name}.{1 + sum(key.startswith(f'{option.name}.') for key in taken)}"
 
 
 def folder_digest(folder: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 LEVEL = 0.95
 PANELS = 400
@@ -16,6 +17,7 @@ TEST = (
 )
 
 
+@cache
 def t_quantile(level: float, freedom: float) -> float:
     """The t with ``P(-t < T < t) = level`` for ``freedom`` >= 1 degrees of freedom.
 

@@ -74,5 +74,5 @@ def _own(config: Any) -> dict[str, Any]:
     """The options as a check can look at them: of a reference that it is given, as its result differs by seed."""
     config_class: type = type(config)
     references = {option.name for option in fields_of(config_class) if option.reference}
-    encoded = encode_config(config, how=True)
+    encoded = encode_config(config)
     return {name: value is not None if name in references else value for name, value in encoded.items()}

@@ -16,7 +16,8 @@ from methods.find import Found
 from methods.stage import AssayError
 
 ROOT = Path(__file__).parent.parent
-IGNORED_NAMES = {"CLAIMS"}
+# What a file says of itself to the report and the planner; it computes nothing.
+IGNORED_NAMES = {"CLAIMS", "TASKS", "SMOKE"}
 
 
 def code_of(found: Found, components: Iterable[Found], uses: Iterable[str]) -> dict[str, str]:
@@ -38,7 +39,7 @@ def file_digest(path: Path, modified: int) -> str:
 
 
 def _walk(node: object) -> Iterator[str]:
-    """Node names and non-empty fields in order; docstrings, annotations and claims are left out."""
+    """Node names and non-empty fields in order; docstrings, annotations and ``IGNORED_NAMES`` are left out."""
     if isinstance(node, ast.AST):
         yield f"({type(node).__name__}"
         for name, value in ast.iter_fields(node):

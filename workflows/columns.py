@@ -6,15 +6,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 
 from workflows import chance
-from workflows.specs import COSTS, STEP
+from workflows.specs import COSTS, RELATIVE, STEP
 
 Row = Mapping[str, Any]
+CLASS_TASK = re.compile(r"(?:(.*) )?class (\d+)")
+"""The task of a number about one class, behind what was measured: ``class_vectors class 3``."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Cell:
 class Column:
     """One measured quantity; with ``at``, where that other quantity first passes ``level``.
 
-    ``entry`` is ``curve`` for a logged term (its name is ``metric``) and ``step`` for the number of steps.
+    ``entry`` is ``curve`` for a logged term (its name is ``metric``) and ``step`` for the number of steps. With
+    ``relative_to``, the name of a chain, it is the change of ``absolute`` against that chain in percent.
     """
 
     name: str
@@ -76,6 +79,8 @@ class Column:
     unit: str = ""
     at: Column | None = None
     level: float = math.nan
+    relative_to: str = ""
+    absolute: Column | None = None
 
     @property
     def is_cost(self) -> bool:
@@ -96,11 +101,21 @@ def term(name: str) -> Column:
     return Column(f"curve.{name}", "curve", "", name)
 
 
+def change(column: Column, chain: str) -> Column:
+    """``column relative to chain``; better is which way the change should go, where that is one way for all numbers."""
+    better = column.better if column.better in ("higher", "lower") else ""
+    return replace(column, name=f"{column.name}{RELATIVE}{chain}", better=better, unit="%", relative_to=chain,
+                   absolute=column)  # fmt: skip
+
+
 # --- which columns a reference means ----------------------------------------------------------------------
 
 
 def matching(rows: pd.DataFrame, rest: str) -> list[Column]:
-    """Columns for ``metric`` or ``task.metric``; a task may be given without its settings."""
+    """Columns for ``metric`` or ``task.metric``; a task may be given without its settings.
+
+    A metric of something as a whole and of its single classes means the whole.
+    """
     frame = rows[["entry", "task", "metric", "better", "unit"]].drop_duplicates(["entry", "task", "metric"])
     keys = frame.to_dict("records")
     exact = [key for key in keys if rest in (key["metric"], f"{key['task']}.{key['metric']}")]
@@ -108,6 +123,7 @@ def matching(rows: pd.DataFrame, rest: str) -> list[Column]:
         key for key in keys if any(rest == f"{task}.{key['metric']}" for task in _short_tasks(key["task"]))
     ]
     chosen = exact or loose
+    chosen = [key for key in chosen if not CLASS_TASK.fullmatch(key["task"])] or chosen
     return [_column(key, alone=len(chosen) == 1, asked=rest) for key in chosen]
 
 

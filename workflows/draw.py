@@ -34,6 +34,8 @@ SETTINGS: dict[str, Any] = {
     "svg.hashsalt": "assay", "svg.fonttype": "path", "savefig.dpi": DOTS_PER_INCH, "axes.formatter.useoffset": False,
 }  # fmt: skip
 LEGEND_LINE_INCHES = 0.165
+LEGEND_LINES_AT_MOST = 24
+SMALLEST_TITLE = 5.0
 LABEL_DISTANCES = (3, 7, 13, 21, 31, 43, 57, 73, 91, 111, 133)
 LABEL_ANGLES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8),
                 (0.95, 0.35), (-0.95, 0.35), (0.95, -0.35), (-0.95, -0.35),
@@ -41,6 +43,8 @@ LABEL_ANGLES = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8,
 LINE_FROM_POINTS = 9
 LINE_BOX_PIXELS = 8
 CLEARANCE_POINTS = 4
+NUMBER_HEIGHT, INSIDE = 0.85, 0.99
+"""Of the height of a line, what digits take; of a number, what has to be inside of its panel."""
 
 
 @contextmanager
@@ -82,6 +86,34 @@ def small(panels: int) -> tuple[Figure, list[Axes]]:
     return figure, list(every[:panels])
 
 
+def squares(panels: int) -> tuple[Figure, list[Axes]]:
+    """An empty figure of square panels, up to three side by side, as high as they need."""
+    from matplotlib.figure import Figure
+
+    across = min(panels, 3)
+    down = math.ceil(panels / across)
+    side = SIZE_INCHES[0] / max(2, across)
+    figure = Figure((side * across, (side + 0.2) * down), dpi=DOTS_PER_INCH, layout="constrained")
+    every = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in every:
+        axes.set_box_aspect(1)
+    for unused in every[panels:]:
+        unused.set_visible(False)
+    return figure, list(every[:panels])
+
+
+def title(axes: Axes, name: str, letters: int, size: float, below: str = "") -> None:
+    """A panel's name in at most so many letters: a long one is broken before its options, then made smaller.
+
+    ``below`` is a line of its own under the name.
+    """
+    lines = [name] if len(name) <= letters or "[" not in name else list(name.partition("["))
+    lines = lines if len(lines) == 1 else [lines[0], "".join(lines[1:])]
+    smaller = min(1.0, letters / max(map(len, lines)))
+    text = "\n".join([*lines, *([below] if below else [])])
+    axes.set_title(text, fontsize=max(SMALLEST_TITLE, size * smaller), linespacing=1.3)
+
+
 def look(place: int) -> dict[str, Any]:
     """Colour, marker and line of the n-th series; sixteen differ also in grey, and none of 24 is like another."""
     return {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)],
@@ -111,6 +143,24 @@ def legend_below(
             lines = math.ceil(len(labels) / columns)
             figure.set_figheight(figure.get_figheight() + LEGEND_LINE_INCHES * max(0, lines - 4))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.2)
+
+
+def shared_legend(
+    figure: Figure, panels: Sequence[Axes], *, also: Sequence[Any] = (), grow: bool = False
+) -> str:
+    """One legend for the lines of all panels, each label once, and ``also`` behind them.
+
+    Returns a sentence for the caption where the legend had to be cut.
+    """
+    found: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    handles = [*list(found.values())[:LEGEND_LINES_AT_MOST], *also]
+    labels = [*list(found)[:LEGEND_LINES_AT_MOST], *(str(each.get_label()) for each in also)]
+    legend_below(figure, handles, labels, grow=grow)
+    cut = len(found) > LEGEND_LINES_AT_MOST
+    return f"The legend names the first {LEGEND_LINES_AT_MOST} of {len(found)}. " if cut else ""
 
 
 def legend_above(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
@@ -150,6 +200,69 @@ def place_labels(
         own = _square(axes, labels[place], labels[place].radius)
         occupied = [*markers[:place], *markers[place + 1 :], own, *drawn]
         texts += _write(axes, labels[place], occupied, texts, frame)
+
+
+def place_numbers(
+    figure: Figure, axes: Axes, labels: Sequence[Label], middle: tuple[float, float], size: float
+) -> None:
+    """Write whole numbers beside their points, on the side away from ``middle``, where they cover nothing.
+
+    The figure must have been drawn, so that every place is known in pixels. Crowded points keep their dots only.
+    """
+    from matplotlib.transforms import ScaledTranslation
+
+    sizes = {len(label.text): _size_of(axes, "0" * len(label.text), size) for label in labels}
+    points = _corners([_square(axes, label, label.radius) for label in labels])
+    written = _corners([])
+    for place, label in enumerate(labels):
+        occupied = _joined(_without(points, place), written)
+        offset, box = _free(axes, label, middle, sizes[len(label.text)], occupied)
+        if offset is not None:
+            moved = axes.transData + ScaledTranslation(offset[0] / 72, offset[1] / 72, figure.dpi_scale_trans)
+            drawn = axes.text(label.x, label.y, label.text, transform=moved, fontsize=size, ha="center",
+                              va="center", zorder=4)  # fmt: skip
+            drawn.set_in_layout(False)
+            written = _joined(written, box)
+
+
+def _size_of(axes: Axes, text: str, size: float) -> tuple[float, float]:
+    """Width and height of a text in pixels; every digit is as wide as any other."""
+    drawn = axes.text(0, 0, text, fontsize=size)
+    box = drawn.get_window_extent()
+    drawn.remove()
+    return float(box.width), float(box.height) * NUMBER_HEIGHT
+
+
+def _free(
+    axes: Axes,
+    label: Label,
+    middle: tuple[float, float],
+    size: tuple[float, float],
+    occupied: NDArray[float64],
+) -> tuple[tuple[float, float] | None, NDArray[float64]]:
+    """The first offset, in points, at which a text of that size covers nothing, and its box; None without any."""
+    from matplotlib.transforms import Bbox
+
+    x, y = map(float, axes.transData.transform((label.x, label.y)))
+    centre = axes.transData.transform(middle)
+    length = math.hypot(x - centre[0], y - centre[1]) or 1.0
+    pixels = DOTS_PER_INCH / 72
+    wide, high = size[0] / 2 / pixels, size[1] / 2 / pixels
+    box, frame = _corners([]), _corners([axes.get_window_extent()])
+    for across, up in _turns((x - centre[0]) / length, (y - centre[1]) / length):
+        right, above = across * (label.radius + 1 + wide), up * (label.radius + 1 + high)
+        left, bottom = x + (right - wide) * pixels, y + (above - high) * pixels
+        box = _corners([Bbox.from_bounds(left, bottom, *size)])
+        if not _overlap(box, occupied) and _overlap(box, frame) >= INSIDE * size[0] * size[1]:
+            return (right, above), box
+    return None, box
+
+
+def _turns(across: float, up: float) -> Iterator[tuple[float, float]]:
+    """A direction, and those at growing angles to both sides of it."""
+    for angle in (0.0, 0.6, -0.6, 1.2, -1.2, 1.9, -1.9):
+        cosine, sine = math.cos(angle), math.sin(angle)
+        yield across * cosine - up * sine, across * sine + up * cosine
 
 
 def _bars(axes: Axes, label: Label) -> list[Bbox]:
@@ -242,6 +355,18 @@ def _corners(boxes: Sequence[Bbox]) -> NDArray[float64]:
     import numpy
 
     return numpy.array([box.extents for box in boxes], dtype=float).reshape(-1, 4)
+
+
+def _joined(first: NDArray[float64], second: NDArray[float64]) -> NDArray[float64]:
+    import numpy
+
+    return numpy.concatenate([first, second])
+
+
+def _without(boxes: NDArray[float64], place: int) -> NDArray[float64]:
+    import numpy
+
+    return numpy.delete(boxes, place, axis=0)
 
 
 def _overlap(boxes: NDArray[float64], others: NDArray[float64]) -> float:

@@ -28,7 +28,7 @@ class _Strict(BaseModel):
 class Layout(_Strict):
     """What ``scale=smoke`` must know of a hub model to write a small one of the same layout."""
 
-    kind: Literal["llama"] = "llama"
+    kind: Literal["llama", "gpt2"] = "llama"
     tied: bool = True
     heads: int = 4
     kv_heads: int = 2
@@ -49,7 +49,7 @@ class ModelSpec(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _collect_options(cls, values: Any) -> Any:
-        """``{new: llama, hidden: 64}``: everything beside ``new`` is an option of ``model.new``."""
+        """``{new: gpt2, hidden: 64}``: everything beside ``new`` is an option of ``model.gpt2``."""
         if isinstance(values, dict) and "new" in values:
             options = {key: value for key, value in values.items() if key != "new"}
             return {"new": values["new"], "options": options}

@@ -1,6 +1,9 @@
-"""Figures of an experiment: scatter (Pareto), curve, sweep and matched, from a few words of specification.
+"""Figures of an experiment: scatter (Pareto), curve, sweep, matched, bars and plane, from a few words.
 
 ``frontier: {kind: scatter, x: forget10.forget_nll, y: tasks.acc, size: energy.chain_kwh, color: family}``
+``grokking: {kind: curve, terms: [probe.train.accuracy, probe.test.accuracy], panels: chain, log: x}``
+``quality: {kind: bars, metrics: [digits.accuracy, energy.chain_kwh relative to control], group: base}``
+``circles: {kind: plane, entry: geometry, what: class_vectors}``
 """
 
 from __future__ import annotations
@@ -10,10 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from workflows import draw, specs
-from workflows.axes import Spec
-from workflows.lines import curve, sweep
+from workflows.axes import ACCURACY, PROBE, Spec
+from workflows.bars import bars
+from workflows.curve_figure import curve
+from workflows.lines import sweep
 from workflows.matched_figure import matched
 from workflows.measured import ChainRun, Measured
+from workflows.plane import plane
 from workflows.scatter import scatter
 
 if TYPE_CHECKING:
@@ -46,18 +52,18 @@ def figure(measured: Measured, name: str, spec: Mapping[str, Any], origin: str) 
 
 
 def default_specs(measured: Measured) -> dict[str, dict[str, Any]]:
-    """Learning curves for an experiment that asks for no figure, where anything was logged."""
-    terms = [
-        name
-        for name in dict.fromkeys(measured.curves["term"])
-        if name not in ("learning_rate", "gradient_norm")
-    ]
+    """Learning curves for an experiment that asks for no figure, where anything was logged: accuracies, else losses."""
+    terms = [name for name in dict.fromkeys(measured.curves["term"]) if name not in _NOT_SHOWN]
+    terms = [name for name in terms if name.startswith(PROBE) and name.endswith(ACCURACY)] or terms
     return {"learning": {"kind": "curve", "terms": terms[:3]}} if terms else {}
 
 
+_NOT_SHOWN = ("learning_rate", "gradient_norm")
 _KINDS: dict[str, Callable[[Measured, Sequence[ChainRun], Spec, str], tuple[Figure, str]]] = {
     "scatter": scatter,
     "curve": curve,
     "sweep": sweep,
     "matched": matched,
+    "bars": bars,
+    "plane": plane,
 }

@@ -16,6 +16,8 @@ import pandas as pd
 from workflows import chance
 from workflows.columns import Cell, Column
 from workflows.measured import ChainRun, Measured
+from workflows.relative import obtained
+from workflows.specs import RELATIVE
 
 NOTHING = "–"
 LOST_SHARE = 0.05
@@ -102,10 +104,15 @@ def shown(column: Column, cells: Sequence[Cell], among: Sequence[Cell] = ()) -> 
     means = [abs(cell.mean) * factor for cell in cells if cell.samples]
     decimals = _decimals(max(means, default=0.0))
     best, mixed = leader(column, cells), len(_kinds(among or cells)) > 1
-    return [_text(cell, factor, decimals, place == best, mixed) for place, cell in enumerate(cells)]
+    return [_text(column, cell, factor, decimals, place == best, mixed) for place, cell in enumerate(cells)]
 
 
-def _text(cell: Cell, factor: float, decimals: int, bold: bool, mixed: bool) -> Text:
+def _sign(column: Column, mean: float) -> str:
+    """A change that is an increase says so."""
+    return "+" if column.relative_to and mean > 0 else ""
+
+
+def _text(column: Column, cell: Cell, factor: float, decimals: int, bold: bool, mixed: bool) -> Text:
     lost = ", ".join(
         status if count == 1 and not cell.samples else f"{count} {status}"
         for status, count in cell.statuses.items()
@@ -113,7 +120,7 @@ def _text(cell: Cell, factor: float, decimals: int, bold: bool, mixed: bool) -> 
     if not cell.samples:
         only = next(iter(cell.statuses)) if len(cell.statuses) == 1 else lost
         return Text(only or NOTHING)
-    text = number(cell.mean * factor, cell.sd * factor, decimals) + f" ({cell.n})"
+    text = _sign(column, cell.mean) + number(cell.mean * factor, cell.sd * factor, decimals) + f" ({cell.n})"
     kind = f" {'/'.join(_kinds([cell]))}" if mixed and _kinds([cell]) else ""
     return Text(text + kind + (f", {lost}" if lost else ""), bold, cell.mean)
 
@@ -142,6 +149,8 @@ def _decimals(largest: float) -> int:
 
 def scale(column: Column, cells: Sequence[Cell]) -> float:
     """1,000 where energies are so small that watt-hours read better than kWh."""
+    if column.relative_to:
+        return 1.0
     largest = max((abs(cell.mean) for cell in cells if cell.samples), default=0.0)
     return (
         1000.0
@@ -155,20 +164,29 @@ def unit(column: Column, cells: Sequence[Cell]) -> str:
     if column.entry != "energy" or not column.metric.endswith("_kwh"):
         return column.unit
     kinds = _kinds(cells)
-    return ("Wh" if scale(column, cells) > 1 else "kWh") + (f", {kinds[0]}" if len(kinds) == 1 else "")
+    plain = column.unit if column.relative_to else "Wh" if scale(column, cells) > 1 else "kWh"
+    return plain + (f", {kinds[0]}" if len(kinds) == 1 else "")
 
 
 def _kinds(cells: Sequence[Cell]) -> list[str]:
     """``measured``, ``estimated, shared`` …: what stands after kWh."""
-    words = [word.partition("kWh ")[2] for cell in cells for word in cell.units]
+    words = [obtained(word) for cell in cells for word in cell.units]
     return sorted(dict.fromkeys(word for word in words if word))
 
 
 def header(column: Column, cells: Sequence[Cell]) -> str:
     """``forget10.forget_nll (nats/token) ↑``."""
-    name = column.name.removesuffix("_kwh") if column.entry == "energy" else column.name
     said = unit(column, cells)
-    return " ".join(filter(None, [name, f"({said})" if said else "", ARROWS.get(column.better, "")]))
+    return " ".join(
+        filter(None, [plain_name(column), f"({said})" if said else "", ARROWS.get(column.better, "")])
+    )
+
+
+def plain_name(column: Column) -> str:
+    """The column's name without the unit of an energy: ``energy.stage relative to control``."""
+    name = (column.absolute or column).name
+    name = name.removesuffix("_kwh") if column.entry == "energy" else name
+    return name + (f"{RELATIVE}{column.relative_to}" if column.relative_to else "")
 
 
 # --- the best of a column ---------------------------------------------------------------------------------

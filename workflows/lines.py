@@ -1,71 +1,41 @@
-"""Line figures: learning curves, and a score over a swept option."""
+"""Line figures: a line with the range of its seeds, and a score over a swept option."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from methods.stage import AssayError
 from workflows import chance, draw
-from workflows.axes import Spec, finish, quantity, quantity_label, sd_or_zero, several, term_label
+from workflows.axes import Spec, finish, quantity, quantity_label, sd_or_zero
 from workflows.columns import Cell, Column
-from workflows.curves import Line
 from workflows.grid import scale
 from workflows.measured import ChainRun, Measured
+from workflows.specs import several
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BANDS = "Lines: means over distinct results; bands: smallest to largest."
-LEGEND_LINES_AT_MOST = 24
 
 Series = Sequence[tuple[float, Sequence[float]]]
 
 
-def band(axes: Axes, series: Series, place: int, label: str) -> None:
+def band(axes: Axes, series: Series, place: int, label: str, look: Mapping[str, Any] | None = None) -> None:
     """A line through the means with the range of the seeds behind it."""
-    look, xs = draw.look(place), [x for x, _ in series]
-    every = max(1, len(xs) // 8)
-    axes.plot(xs, [chance.mean(list(ys)) for _, ys in series], label=label, markevery=(place % every, every),
-              markersize=4.5, **look)  # fmt: skip
+    look = look or draw.look(place)
+    mean_line(axes, series, place, label, look)
     if any(len(ys) > 1 for _, ys in series):
-        axes.fill_between(xs, [min(ys) for _, ys in series], [max(ys) for _, ys in series],
+        axes.fill_between([x for x, _ in series], [min(ys) for _, ys in series], [max(ys) for _, ys in series],
                           color=look["color"], alpha=0.18, linewidth=0)  # fmt: skip
 
 
-def _shared_legend(image: Figure, panels: Sequence[Axes]) -> None:
-    found = dict(
-        pair for axes in panels for pair in zip(*reversed(axes.get_legend_handles_labels()), strict=True)
-    )
-    draw.legend_below(image, list(found.values())[:LEGEND_LINES_AT_MOST], list(found)[:LEGEND_LINES_AT_MOST])
-
-
-def curve(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -> tuple[Figure, str]:
-    """Logged terms over the optimizer step, a panel for each term and a line for each chain."""
-    from matplotlib.ticker import MaxNLocator
-
-    terms = several(spec["terms"])
-    image, panels = draw.new(len(terms))
-    runs = [run for run in runs if run.terms & set(terms)]
-    for axes, wanted in zip(panels, terms, strict=True):
-        for place, run in enumerate(runs):
-            series = _over_steps([each.lines.get(wanted, ()) for each in run.distinct_curves])
-            if series:
-                band(axes, series, place, measured.shown_name(run))
-        finish(axes, spec, "optimizer step", term_label(wanted))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if not any(axes.lines for axes in panels):
-        raise AssayError(f"figures.{name}: no chain here logged {' or '.join(terms)}.")
-    _shared_legend(image, panels)
-    return image, BANDS
-
-
-def _over_steps(curves: Sequence[Line]) -> list[tuple[float, list[float]]]:
-    """Values by step, over the steps that every run logged."""
-    tables = [dict(line) for line in curves if line]
-    steps = sorted(set.intersection(*(set(each) for each in tables))) if tables else []
-    return [(step, [each[step] for each in tables]) for step in steps]
+def mean_line(axes: Axes, series: Series, place: int, label: str, look: Mapping[str, Any]) -> None:
+    """A line through the means with about eight markers, elsewhere for every place."""
+    every = max(1, len(series) // 8)
+    axes.plot([x for x, _ in series], [chance.mean(list(ys)) for _, ys in series], label=label, markersize=4.5,
+              markevery=(place % every, every), **look)  # fmt: skip
 
 
 def sweep(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -> tuple[Figure, str]:
@@ -81,8 +51,7 @@ def sweep(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -
         _baseline(measured, axes, column, spec, scale(column, cells))
     if not any(axes.lines for axes in panels):
         raise AssayError(f"figures.{name}: no chain here sweeps {spec['x']} and has {spec['y']}.")
-    _shared_legend(image, panels)
-    return image, "Means; bars: ± sd over distinct results."
+    return image, draw.shared_legend(image, panels) + "Means; bars: ± sd over distinct results."
 
 
 def _swept(

@@ -1,9 +1,9 @@
 """What an experiment measured, as the report reads it: rows, jobs, curves and the resolved experiment.
 
 ``Measured.read(folders)`` holds one or several result folders; a chain is always one chain of one folder.
-``columns`` resolves ``forget10.model_utility``, ``tasks.authors_retain.acc``, ``curve.probe.retain@probe.forget=2`` or
-``forget10.model_utility@forget10.forget_nll=2``; ``cell`` gives a chain's distinct results for a column, and
-``trajectories`` everything measured on the way to them.
+``columns`` resolves ``forget10.model_utility``, ``tasks.authors_retain.acc``, ``curve.probe.retain@probe.forget=2``,
+``forget10.model_utility@forget10.forget_nll=2`` or ``energy.stage_kwh relative to target``; ``cell`` gives a chain's
+distinct results for a column, and ``trajectories`` everything measured on the way to them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,28 @@ from typing import Any
 import pandas as pd
 
 from methods.stage import AssayError
-from workflows.columns import Cell, Column, Row, Sample, has_number, is_lost, matching, sample, statuses, term
+from workflows.columns import (
+    CLASS_TASK,
+    Cell,
+    Column,
+    Row,
+    Sample,
+    change,
+    has_number,
+    is_lost,
+    matching,
+    sample,
+    statuses,
+    term,
+)
 from workflows.curves import Line, lines
 from workflows.reading import read_curves, read_experiment, read_jobs, read_rows, source_names
-from workflows.specs import CURVE, STEP, at_level
+from workflows.relative import changed
+from workflows.specs import CURVE, STEP, at_level, relative
 from workflows.trajectory import SPENT, Trajectory, trajectories
 
+CLASSES_AT_MOST = 12
+"""A column for each of so many classes can still be read beside each other."""
 ON_THE_WAY = {key for pair in SPENT.items() for key in pair}
 
 
@@ -171,6 +187,9 @@ class Measured:
         Raises:
             AssayError: nothing of that name was measured; names the nearest that was.
         """
+        against = relative(reference)
+        if against is not None:
+            return self._changes(reference, *against)
         parts = at_level(reference)
         if parts is None and reference == STEP:
             raise AssayError(
@@ -183,8 +202,19 @@ class Measured:
         columns = [self.at(column, at, parts[2]) for column in found]
         return columns if len(columns) > 1 else [replace(columns[0], name=reference)]
 
+    def _changes(self, reference: str, quantity: str, chain: str) -> list[Column]:
+        """Every quantity that ``quantity`` means, relative to a chain of that name."""
+        if not self.chosen([chain]):
+            names = [word for run in self.with_steps for word in (run.name, run.group)]
+            near = difflib.get_close_matches(chain, names, 1, 0.6)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise AssayError(f"{reference}: results.csv has no chain {chain}.{hint}")
+        return [change(column, chain) for column in self.columns(quantity)]
+
     def along(self, reference: str) -> list[Column]:
         """What a reference means along a trajectory: rows of results.csv, ``curve.TERM`` or ``step``."""
+        if relative(reference) is not None:
+            raise AssayError(f"{reference}: a change against a chain is no quantity along a trajectory.")
         if reference == STEP:
             return [Column(STEP, STEP, "", STEP)]
         if reference.startswith(CURVE):
@@ -193,6 +223,11 @@ class Measured:
         scored = self.results[self.results["metric"] != ""]
         for owner in ("entry", "evaluation"):
             found = matching(scored[scored[owner] == head], rest)
+            if len(found) > CLASSES_AT_MOST and CLASS_TASK.fullmatch(found[0].task):
+                raise AssayError(
+                    f"{reference} is measured for {len(found)} classes; draw a figure of kind plane, or name one: "
+                    f"{found[0].name}."
+                )
             if found:
                 return found
         near = difflib.get_close_matches(reference, self._references, 1, 0.6)
@@ -232,6 +267,11 @@ class Measured:
 
     def cell(self, run: ChainRun, column: Column) -> Cell:
         """The chain's distinct results in a column."""
+        if column.absolute is not None:
+            base = self._compared_with(run, column.relative_to)
+            return (
+                changed(self.cell(run, column.absolute), self.cell(base, column.absolute)) if base else Cell()
+            )
         if column.at is not None:
             return self._cell_at(run, column)
         known = run.has_numbers or any(row["entry"] == column.entry for row in run.records)
@@ -242,6 +282,26 @@ class Measured:
             samples.setdefault(each.id, each)
         units = tuple(dict.fromkeys(row["unit"] for row in there))
         return Cell(tuple(samples.values()), statuses(lost), units)
+
+    def _compared_with(self, run: ChainRun, name: str) -> ChainRun | None:
+        """The chain of this name in the run's folder; of a swept one, its member with the options of the run."""
+        found = [each for each in self.chosen([name]) if each.source == run.source]
+        if len(found) > 1:
+            own = [each for each in found if each.key == run.key]
+            found = own or [each for each in found if each.swept.items() <= run.swept.items()]
+        return found[0] if len(found) == 1 else None
+
+    def unrelated(self, runs: Sequence[ChainRun], column: Column) -> list[str]:
+        """Sentences about chains for which a relative column has no chain to compare with, or one without numbers."""
+        if column.absolute is None:
+            return []
+        pairs = [(run, self._compared_with(run, column.relative_to)) for run in runs]
+        alone = [self.shown_name(run) for run, base in pairs if base is None]
+        empty = {self.shown_name(base): None for _, base in pairs
+                 if base and not self.cell(base, column.absolute).samples}  # fmt: skip
+        said = [f"{', '.join(alone)}: no one chain here is called {column.relative_to}; name one, as in "
+                f"{column.relative_to}[option=value]."] if alone else []  # fmt: skip
+        return said + [f"{name} has no {column.absolute.name}: nothing is relative to it." for name in empty]
 
     # - trajectories
 
@@ -297,6 +357,7 @@ class Measured:
 
     def straight(self, runs: Sequence[ChainRun], column: Column) -> list[str]:
         """The same for one column at a level, about those of the chains that have a value there."""
+        column = column.absolute or column
         if column.at is None:
             return []
         along = column.at if column.at.is_score else replace(column, at=None)

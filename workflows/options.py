@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,7 +22,7 @@ from workflows.record import PARTS, Part
 SMOKE: dict[str, Any] = {
     "steps": 2, "epochs": None, "batch": 4, "limit": 8, "sequences": 8, "generate": 4, "context_tokens": 64,
     "stride_tokens": None, "probe_every": 1, "max_new_tokens": 8, "repeats": 1, "warmup_steps": 0,
-    "layer": 1, "group": None,
+    "layer": 1, "group": None, "attack_steps": 2,
 }  # fmt: skip
 # Of the steps at which models are kept, the one that any run has.
 SMOKE_KEPT = (1,)
@@ -39,6 +39,7 @@ class OptionField:
     kind: str | None
     reference: bool
     optional: bool
+    several: bool = False
 
     @property
     def part(self) -> Part:
@@ -69,14 +70,20 @@ def resolve(call: Call, found: Found, catalogue: Catalogue, refer: Refer, smoke:
     Raises:
         AssayError: an unknown or missing option, a wrong type or value, with the nearest valid word.
     """
-    builder = _Builder(catalogue, refer, smoke and found.family != "model")
+    builder = _Builder(catalogue, refer, _smoke_values(found) if smoke else {})
     config = builder.config(call, found)
     components = tuple({piece.name: piece for piece in builder.components}.values())
-    label = format_call(call.name, label_options(call, found.load().Config))
+    label = format_call(call.name, label_options(call, found.load().Config, catalogue))
     return Resolved(found, config, components, tuple(builder.references), tuple(builder.data), label)
 
 
-def label_options(call: Call, config_class: type) -> tuple[tuple[str, Value], ...]:
+def _smoke_values(found: Found) -> dict[str, Any]:
+    """What ``scale=smoke`` makes of options: those of a new model are its own affair, and its file may say more."""
+    values: dict[str, Any] = getattr(found.load(), "SMOKE", {}) if found.family == "model" else SMOKE
+    return values
+
+
+def label_options(call: Call, config_class: type, catalogue: Catalogue) -> tuple[tuple[str, Value], ...]:
     """Options in declaration order; those that equal their default or only say *how* are dropped."""
     given = dict(call.options)
     kept = []
@@ -86,8 +93,17 @@ def label_options(call: Call, config_class: type) -> tuple[tuple[str, Value], ..
             and not option.how
             and not _equals_default(given[option.name], option.default)
         ):
-            kept.append((option.name, given[option.name]))
+            kept.append((option.name, _without_how(given[option.name], option, catalogue)))
     return tuple(kept)
+
+
+def _without_how(value: Value, option: OptionField, catalogue: Catalogue) -> Value:
+    """A component as it is written, less what only says how."""
+    if not isinstance(value, Call) or option.kind is None:
+        return value
+    fields = fields_of(catalogue.component(option.kind, value.name).load().Config)
+    how = {each.name for each in fields if each.how}
+    return Call(value.name, tuple((name, item) for name, item in value.options if name not in how))
 
 
 def _equals_default(value: Value, default: Any) -> bool:
@@ -116,6 +132,7 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> OptionField:
         kind=kinds[0] if kinds else None,
         reference=Parent in plain,
         optional=type(None) in plain,
+        several=_is_tuple(hint),
     )
 
 
@@ -125,6 +142,14 @@ def _metadata(hint: Any) -> Iterator[Any]:
     for inner in typing.get_args(hint):
         if not isinstance(inner, str):
             yield from _metadata(inner)
+
+
+def _is_tuple(hint: Any) -> bool:
+    """Whether an option takes a list."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _is_tuple(inner[0])
+    return origin is tuple or (origin in (typing.Union, types.UnionType) and any(map(_is_tuple, inner)))
 
 
 def _plain_types(hint: Any) -> Iterator[Any]:
@@ -147,7 +172,7 @@ def _adapter(config_class: type, name: str) -> TypeAdapter[Any]:
 class _Builder:
     """Walks one call and its components; collects what they use."""
 
-    def __init__(self, catalogue: Catalogue, refer: Refer, smoke: bool) -> None:
+    def __init__(self, catalogue: Catalogue, refer: Refer, smoke: Mapping[str, Any]) -> None:
         self.catalogue, self.refer, self.smoke = catalogue, refer, smoke
         self.components: list[Found] = []
         self.references: list[tuple[str, Name]] = []
@@ -173,8 +198,8 @@ class _Builder:
                 raise AssayError(f"unknown option {name!r} for {call.name}{nearest(name, options)}")
 
     def value(self, method: str, option: OptionField, given: dict[str, Value]) -> Any:
-        if self.smoke and option.name in SMOKE and option.kind is None:
-            value = SMOKE[option.name]
+        if option.name in self.smoke and option.kind is None:
+            value = self.smoke[option.name]
             if value is None or not isinstance(given.get(option.name, option.default), (int, float)):
                 return value
             return min(value, given.get(option.name, option.default))
@@ -241,6 +266,11 @@ class _Builder:
 
     def check_part(self, method: str, option: OptionField, value: Any) -> Any:
         wanted = Parent if option.reference else Component
+        if isinstance(value, tuple) and not option.several:
+            raise AssayError(f"{method}: {option.name} takes no list: give it one alone.")
+        if option.several and value is not None and not (isinstance(value, tuple) and value):
+            what = f"{option.name}=[{'a, b' if option.reference else 'a(), b()'}]"
+            raise AssayError(f"{method}: {option.name} takes a list of one or more: write {what}.")
         items = value if isinstance(value, tuple) else (value,)
         for item in items:
             if not (isinstance(item, wanted) or (item is None and option.optional)):
@@ -289,11 +319,31 @@ def decode(value: Any) -> Any:
     return value
 
 
-def encode_config(config: Any, how: bool) -> dict[str, Any]:
-    """All options of a config, or (``how=False``) only those that say what is computed."""
+def encode_config(config: Any) -> dict[str, Any]:
+    """All options of a config."""
     config_class: type = type(config)
-    chosen = (option for option in fields_of(config_class) if how or not option.how)
-    return {option.name: encode(getattr(config, option.name)) for option in chosen}
+    return {option.name: encode(getattr(config, option.name)) for option in fields_of(config_class)}
+
+
+def encode_what(config: Any, catalogue: Catalogue) -> dict[str, Any]:
+    """The options of a config, and of its components, that say what is computed and not how."""
+    config_class: type = type(config)
+    values = {option.name: getattr(config, option.name) for option in fields_of(config_class)}
+    return _what(values, config_class, catalogue)
+
+
+def _what(values: Mapping[str, Any], config_class: type, catalogue: Catalogue) -> dict[str, Any]:
+    chosen = (option for option in fields_of(config_class) if not option.how)
+    return {option.name: _encode_what(values[option.name], option, catalogue) for option in chosen}
+
+
+def _encode_what(value: Any, option: OptionField, catalogue: Catalogue) -> Any:
+    if isinstance(value, Component) and option.kind is not None:
+        config_class = catalogue.component(option.kind, value.name).load().Config
+        return {"$component": value.name, "options": _what(value.options, config_class, catalogue)}
+    if isinstance(value, tuple) and option.kind is not None:
+        return [_encode_what(item, option, catalogue) for item in value]
+    return encode(value)
 
 
 def decode_config(config_class: type, values: dict[str, Any]) -> Any:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from workflows.report import Report
 
 LARGEST_SVG_BYTES = 150_000
-"""Above this a figure is shown as its PNG, so that the page stays small."""
+"""Above this a figure is shown as its PNG where that is smaller, so that the page stays small."""
+
+LARGEST_CELLS = 5_000
+"""A table of more cells is shown by its first rows; all of them stand in its files."""
 
 _HOW_JUDGED = (
     f"Paired differences (subject − other) by seed over distinct results, with their t interval at {chance.LEVEL:.0%}: "
@@ -178,7 +181,7 @@ def _figures(report: Report) -> str:
 
 
 def _figure(figure: Drawn, origin: str) -> str:
-    small = len(figure.svg) <= LARGEST_SVG_BYTES
+    small = len(figure.svg) <= max(LARGEST_SVG_BYTES, len(figure.png))
     kind, content = ("svg+xml", figure.svg) if small else ("png", figure.png)
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     words = f"<b>{escape(figure.title or figure.name)}.</b> {escape(figure.caption)} <small>{escape(origin)}</small>"
@@ -193,11 +196,20 @@ def _tables(report: Report) -> str:
 
 
 def _table(table: Table, origin: str) -> str:
-    rows = [[_cell(_name(row[0].text), kind="name"), *map(_number, row[1:])] for row in table.rows]
+    shown = table.rows[: max(1, LARGEST_CELLS // len(table.headers))]
+    rows = [[_cell(_name(row[0].text), kind="name"), *map(_number, row[1:])] for row in shown]
+    cut = (
+        f"<p class='note'>The first {len(shown)} of {len(table.rows)} rows; all of them are in the files.</p>"
+    )
     notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in (*table.notes, origin))
     files = " ".join(f"<a href='tables/{table.name}.{kind}'>{kind}</a>" for kind in ("md", "csv", "tex"))
     heading = f"<h3>{escape(table.title or table.name)} <small>{files}</small></h3>"
-    return heading + _grid(table.headers, rows, "numbers") + notes
+    return (
+        heading
+        + (cut if len(shown) < len(table.rows) else "")
+        + _grid(table.headers, rows, "numbers")
+        + notes
+    )
 
 
 def _number(cell: Text) -> str:

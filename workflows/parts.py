@@ -1,7 +1,8 @@
-"""What a stage reads and writes, as its method's file says: ``RESULT``, ``NEEDS_MODEL`` and the types of its options.
+"""What a stage reads and writes, as its method's file says: ``RESULT``, ``NEEDS_MODEL``, ``TASKS``, its options' types.
 
-``RESULT`` is ``"model"`` (the default), ``"data"``, ``"files"`` or several of them; ``NEEDS_MODEL`` says whether the
-stage goes after a model: by default every family but ``model`` and ``data`` does.
+``TASKS`` names the tasks of the models it works on, for evaluations, too: ``("language",)`` (the default),
+``("classification",)`` or both. ``RESULT`` is ``"model"`` (the default), ``"data"``, ``"files"`` or several of them;
+``NEEDS_MODEL`` says whether the stage goes after a model: by default every family but ``model`` and ``data`` does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from workflows.record import PARTS, Part
 # how many methods are named as an example
 FEW = 3
 
+# What ``TASKS`` may name, as one model of that task and as several are called.
+TASKS = {
+    "language": ("a language model", "language models"),
+    "classification": ("a classifier", "classifiers"),
+}
+
 
 def parts_of(module: ModuleType) -> tuple[Part, ...]:
     """What the method writes, in the order of ``PARTS``. ``AssayError`` where ``RESULT`` names something else."""
@@ -29,6 +36,14 @@ def parts_of(module: ModuleType) -> tuple[Part, ...]:
 def needs_model(found: Found) -> bool:
     """Whether the method can only stand after a model."""
     return bool(getattr(found.load(), "NEEDS_MODEL", found.family not in ("model", "data")))
+
+
+def tasks_of(module: ModuleType) -> tuple[str, ...]:
+    """The tasks of the models that a method or evaluation works on, and that a new model is made for."""
+    named = tuple(getattr(module, "TASKS", ("language",)))
+    if not named or not set(named) <= set(TASKS):
+        raise AssayError(f"{module.__name__}: TASKS={named!r}; it is made of {', '.join(TASKS)}.")
+    return named
 
 
 def listed(parts: Sequence[str]) -> str:

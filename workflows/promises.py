@@ -38,13 +38,15 @@ def check(store: Store, job: Job, folder: Path) -> str:
         return ""
     parent = job.parents.get("model")
     parent_folder = store.parent_folder(parent) if parent else None
+    from methods.checkpoint import auto_class
+
     for model in models:
         _check_loads(job, model)
         if parent_folder is not None:
             _check_speech(job, parent_folder, model)
             if job.config.get("keep_zeros", True):
                 _check_zeros(job, parent_folder, model)
-    return "AutoModelForCausalLM"
+    return auto_class(models[0])
 
 
 def _check_parts(job: Job, folder: Path, promised: tuple[str, ...]) -> None:
@@ -74,13 +76,15 @@ def _check_bundle(job: Job, folder: Path) -> None:
 def _check_loads(job: Job, folder: Path) -> None:
     import torch
 
-    from methods.checkpoint import load_model, load_tokenizer
+    from methods.checkpoint import is_classifier, load_model, load_tokenizer
 
     try:
         model = load_model(folder, dtype="float32")
-        load_tokenizer(folder)
+        if not is_classifier(folder):
+            load_tokenizer(folder)
+        inputs = {name: tensor.to(model.device) for name, tensor in _example(model, folder).items()}
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([[1, 2, 3]], device=model.device)).logits
+            logits = model(**inputs).logits
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise AssayError(f"{job.method} wrote a model that does not load: {error}") from error
     for name, parameter in model.named_parameters():
@@ -88,6 +92,20 @@ def _check_loads(job: Job, folder: Path) -> None:
             raise NotFinite(f"{job.method} wrote a weight that is not finite: {name}.")
     if not torch.isfinite(logits).all():
         raise NotFinite(f"{job.method} wrote a model whose logits are not finite.")
+
+
+def _example(model: Any, folder: Path) -> dict[str, Any]:
+    """An input of the model's own shape: three tokens, images, or what a classifier of tokens says of itself."""
+    import torch
+
+    from methods.architectures.classifiers import example_images
+    from methods.checkpoint import is_classifier
+
+    if not is_classifier(folder):
+        return {"input_ids": torch.tensor([[1, 2, 3]])}
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": example_images(model.config)}
+    return dict(model.dummy_inputs)
 
 
 def _check_speech(job: Job, parent: Path, folder: Path) -> None:

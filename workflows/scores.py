@@ -49,6 +49,7 @@ def scores(builder: Builder, entry: str, evaluation: Evaluation) -> Iterator[Sho
 def _score(
     builder: Builder, entry: str, call: Call, found: Found, member: Member | None, point: Point
 ) -> Shown:
+    builder.check_task(found, point, point.chain or point.label)
     resolved, references = builder.resolved(call, found, member, point.seed)
     seed = point.seed if getattr(found.load(), "SEEDED", False) else None
     label = f"{resolved.label} of {point.label}"

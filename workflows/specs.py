@@ -1,15 +1,16 @@
 """What the tables and figures of an experiment file may ask for: kinds, keys, and how a quantity is written.
 
 A quantity is ``entry.metric`` (or ``entry.task.metric``), a cost such as ``energy.chain_kwh``, ``step``,
-``curve.TERM`` (what the last stage logged), or ``X@Y=LEVEL``: X where Y first passes LEVEL. Loads nothing heavy, so
-the planner refuses with the same sentences, before anything runs, that the report would have afterwards.
+``curve.TERM`` (what the last stage logged), ``X@Y=LEVEL``: X where Y first passes LEVEL, or ``X relative to CHAIN``:
+by how many percent X differs from that chain's. Loads nothing heavy, so the planner refuses with the same sentences,
+before anything runs, that the report would have afterwards.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from methods.find import nearest
@@ -21,24 +22,37 @@ if TYPE_CHECKING:
 COSTS = ("energy", "time", "memory")
 STEP = "step"
 CURVE = "curve."
+RELATIVE = " relative to "
 ROWS = ("chain", "method", "label")
-PANELS = ("one", "chain", "group", "family", "method")
+GROUPS = ("chain", "group", "family", "method", "base", "source")
+PANELS = {
+    "matched": ("one", "chain", "group", "family", "method"),
+    "curve": ("term", "chain", "group", "family", "method", "base"),
+}
+SPREADS = ("sd", "interval")
+RUNS = ("band", "lines")
 DIRECTIONS = ("higher", "lower", "closer_to_0", "closer_to_1")
 TABLES = {
     "plain": ("rows", "columns", "of", "title"),
     "matched": ("at", "levels", "columns", "better", "rows", "of", "title"),
 }
-_EVERY_FIGURE = ("of", "title", "caption", "log", "x_label", "y_label")
+_EVERY_FIGURE = ("of", "title", "caption", "x_label", "y_label")
 FIGURES = {
-    "scatter": ("x", "y", "color", "size", "front"),
-    "curve": ("terms",),
-    "sweep": ("x", "y", "baseline"),
-    "matched": ("x", "y", "levels", "reference", "panels"),
+    "scatter": ("x", "y", "color", "size", "front", "log"),
+    "curve": ("terms", "panels", "runs", "log"),
+    "sweep": ("x", "y", "baseline", "log"),
+    "matched": ("x", "y", "levels", "reference", "panels", "log"),
+    "bars": ("metrics", "group", "spread", "horizontal", "start", "baseline", "log"),
+    "plane": ("entry", "what", "seed"),
 }
 KINDS: dict[str, dict[str, tuple[str, ...]]] = {
     "tables": {kind: ("kind", *keys) for kind, keys in TABLES.items()},
     "figures": {kind: (*keys, "kind", *_EVERY_FIGURE) for kind, keys in FIGURES.items()},
 }
+NEEDED = {"curve": ("terms",), "bars": ("metrics",), "plane": ("entry",)}
+"""Keys without which a figure is nothing; all other kinds need x and y."""
+SEVERAL = {("curve", "terms"), ("sweep", "y"), ("bars", "metrics")}
+"""Keys that take one text or a list of them."""
 DEFAULT_KIND = {"tables": "plain", "figures": "scatter"}
 _LEVEL = re.compile(r"(?P<quantity>.+)@(?P<at>[^@]+)=(?P<level>[^@=]*)")
 
@@ -46,6 +60,23 @@ Spec = Mapping[str, Any]
 
 
 # --- quantities -------------------------------------------------------------------------------------------
+
+
+def relative(reference: str) -> tuple[str, str] | None:
+    """X and CHAIN of ``X relative to CHAIN``; None for any other quantity.
+
+    Raises:
+        AssayError: one of the two is left out, or the words between them are not ``relative to``.
+    """
+    quantity, words, chain = reference.rpartition(RELATIVE)
+    if words and quantity.strip() and chain.strip() and RELATIVE not in quantity:
+        return quantity.strip(), chain.strip()
+    if words or re.search(r"\srelative(\s|$)", reference):
+        raise AssayError(
+            f"{reference}: write a change against a chain as X relative to CHAIN, e.g. energy.stage_kwh relative to "
+            "control."
+        )
+    return None
 
 
 def at_level(reference: str) -> tuple[str, str, float] | None:
@@ -78,8 +109,9 @@ def _how(reference: str) -> str:
 
 
 def quantities(spec: Spec, section: str) -> Iterator[str]:
-    """Everything in a specification that is a quantity, ``X@Y=LEVEL`` taken apart."""
-    for reference in _written(spec, section):
+    """Everything in a specification that is a quantity; ``X relative to CHAIN`` and ``X@Y=LEVEL`` taken apart."""
+    for written in _written(spec, section):
+        reference, _ = relative(written) or (written, "")
         parts = at_level(reference)
         if parts is None:
             yield reference
@@ -98,10 +130,17 @@ def _written(spec: Spec, section: str) -> Iterator[str]:
         yield from (spec[key] for key in ("x", "y", "size") if isinstance(spec.get(key), str))
         if "." in str(spec.get("color", "")):
             yield spec["color"]
-    elif kind == "sweep":
-        yield from [spec["y"]] if isinstance(spec["y"], str) else spec["y"]
+    elif kind in ("sweep", "bars"):
+        yield from several(spec["y" if kind == "sweep" else "metrics"])
     elif kind == "matched":
         yield from (spec[key] for key in ("x", "y") if not is_term(spec[key]))
+    elif kind == "plane":
+        yield spec["entry"]
+
+
+def several(value: str | Sequence[str]) -> list[str]:
+    """One name or a list of them as a list."""
+    return [value] if isinstance(value, str) else list(value)
 
 
 def is_term(word: str) -> bool:
@@ -123,12 +162,10 @@ def check(where: str, spec: Spec, section: str) -> None:
     if kind not in kinds:
         raise AssayError(f"{where}: kind {kind!r} is none of {', '.join(kinds)}.")
     for key in sorted(set(spec) - set(kinds[kind])):
-        article = "a table" if kind == "plain" else f"a {kind}"
+        what = "A table" if kind == "plain" else f"A {section.removesuffix('s')} of kind {kind}"
         near = nearest(key, kinds[kind])
         hint = near if "did you mean" in near else "."
-        raise AssayError(
-            f"{where}: there is no key {key!r}{hint} {article[0].upper()}{article[1:]} has {', '.join(kinds[kind])}."
-        )
+        raise AssayError(f"{where}: there is no key {key!r}{hint} {what} has {', '.join(kinds[kind])}.")
     if "of" in spec and not _is_texts(spec["of"]):
         raise AssayError(f"{where}: of is a list of chains, e.g. [target, direct].")
     if section == "tables":
@@ -158,6 +195,11 @@ def _check_matched_table(where: str, spec: Spec) -> None:
         raise AssayError(f"{where}: levels says where the chains are compared, e.g. [1, 2, 3].")
     _check_levels(where, spec["levels"])
     for column in spec["columns"]:
+        if RELATIVE in column:
+            raise AssayError(
+                f"{where}: {column}: a matched table has no relative columns; write X@Y=LEVEL relative to CHAIN in a "
+                "plain one."
+            )
         if _LEVEL.fullmatch(column):
             raise AssayError(f"{where}: {column}: at and levels stand beside columns; leave the @ out.")
     better = spec.get("better", {})
@@ -173,21 +215,41 @@ def _check_matched_table(where: str, spec: Spec) -> None:
 
 
 def _check_figure(where: str, kind: str, spec: Spec) -> None:
-    for key in ("x", "y") if kind != "curve" else ("terms",):
+    for key in NEEDED.get(kind, ("x", "y")):
         if not spec.get(key):
             raise AssayError(f"{where}: a {kind} needs {key}.")
-        several = (kind, key) in (("curve", "terms"), ("sweep", "y"))
-        if not (isinstance(spec[key], str) or (several and _is_texts(spec[key]))):
-            raise AssayError(f"{where}: {key} is {'one text or a list of texts' if several else 'one text'}.")
+        many = (kind, key) in SEVERAL
+        if not (isinstance(spec[key], str) or (many and _is_texts(spec[key]))):
+            raise AssayError(f"{where}: {key} is {'one text or a list of texts' if many else 'one text'}.")
+        if kind == "matched" and RELATIVE in str(spec[key]):
+            raise AssayError(f"{where}: {spec[key]}: a way to a chain's end is followed in absolute numbers.")
     if not set(spec.get("log", ())) <= {"x", "y"}:
         raise AssayError(f"{where}: log is x, y or [x, y].")
     if "levels" in spec:
         _check_levels(where, spec["levels"])
-    for key in ("reference", "baseline"):
+    for key in ("reference", "baseline", "what"):
         if key in spec and not isinstance(spec[key], str):
-            raise AssayError(f"{where}: {key} is one text, the name of a chain.")
-    if spec.get("panels", "one") not in PANELS:
-        raise AssayError(f"{where}: panels is one of {', '.join(PANELS)}.")
+            name = "what was measured, e.g. class_vectors" if key == "what" else "the name of a chain"
+            raise AssayError(f"{where}: {key} is one text, {name}.")
+    _check_words(where, kind, spec)
+    _check_plain_values(where, spec)
+
+
+def _check_words(where: str, kind: str, spec: Spec) -> None:
+    """Keys that take one of a few words."""
+    choices = {"panels": PANELS.get(kind, ()), "spread": SPREADS, "runs": RUNS, "group": GROUPS}
+    for key, words in choices.items():
+        if key in spec and spec[key] not in words:
+            raise AssayError(f"{where}: {key} is one of {', '.join(words)}, not {spec[key]!r}.")
+
+
+def _check_plain_values(where: str, spec: Spec) -> None:
+    if not isinstance(spec.get("horizontal", True), bool):
+        raise AssayError(f"{where}: horizontal is true or false.")
+    if type(spec.get("start", 0)) not in (int, float) or not math.isfinite(spec.get("start", 0)):
+        raise AssayError(f"{where}: start is a number, where the bars begin.")
+    if type(spec.get("seed", 0)) is not int:
+        raise AssayError(f"{where}: seed is one whole number, not {spec['seed']!r}.")
 
 
 def _check_levels(where: str, levels: Any) -> None:
@@ -207,30 +269,44 @@ def _is_texts(value: Any) -> bool:
 
 def check_experiment(experiment: Experiment) -> None:
     """Check every table, figure and claim against the experiment's own entries and chains, before anything runs."""
+    known = [*experiment.chains, *experiment.models]
     for section in ("tables", "figures"):
         for name, spec in getattr(experiment, section).items():
             where = experiment.place(section, name)
             check(where, spec, section)
-            _check_quantities(where, _placed(where, spec, section), experiment.evaluate)
-            _check_chains(where, spec, [*experiment.chains, *experiment.models])
+            _check_quantities(where, _placed(where, quantities, spec, section), experiment.evaluate)
+            _check_chains(where, spec, _placed(where, compared_with, spec, section), known)
+            if spec.get("seed", experiment.seeds[0]) not in experiment.seeds:
+                raise AssayError(
+                    f"{where}: seed {spec['seed']} is none of {', '.join(map(str, experiment.seeds))}."
+                )
             if section == "tables" and kind_of(spec, section) == "matched":
                 _check_kept(where, spec, experiment)
     for number, claim in enumerate(experiment.claims, start=1):
-        _placed_level(f"claim {number}", str(claim.get("metric", "")))
+        _check_metric(f"claim {number}", str(claim.get("metric", "")), known)
 
 
-def _placed(where: str, spec: Spec, section: str) -> list[str]:
+def compared_with(spec: Spec, section: str) -> Iterator[str]:
+    """The chains behind ``relative to`` in a specification."""
+    yield from (parts[1] for reference in _written(spec, section) if (parts := relative(reference)))
+
+
+def _placed(where: str, read: Callable[[Spec, str], Iterator[str]], spec: Spec, section: str) -> list[str]:
     try:
-        return list(quantities(spec, section))
+        return list(read(spec, section))
     except AssayError as error:
         raise AssayError(f"{where}: {error}") from None
 
 
-def _placed_level(where: str, reference: str) -> None:
+def _check_metric(where: str, reference: str, known: Sequence[str]) -> None:
+    """A claim's metric: its level and the chain that it is relative to."""
     try:
-        at_level(reference)
+        quantity, chain = relative(reference) or (reference, "")
+        at_level(quantity)
     except AssayError as error:
         raise AssayError(f"{where}: {error}") from None
+    if chain:
+        _check_names(where, [chain], known)
 
 
 def _check_quantities(where: str, references: Iterable[str], entries: Iterable[str]) -> None:
@@ -241,9 +317,14 @@ def _check_quantities(where: str, references: Iterable[str], entries: Iterable[s
             raise AssayError(f"{where}: {reference!r} names no evaluation{nearest(head, known)}")
 
 
-def _check_chains(where: str, spec: Spec, known: Sequence[str]) -> None:
-    """Names in ``of``, ``reference`` and ``baseline``; patterns are left to what they will find."""
+def _check_chains(where: str, spec: Spec, compared: Sequence[str], known: Sequence[str]) -> None:
+    """Names in ``of``, ``reference`` and ``baseline``, and behind ``relative to``."""
     words = [*spec.get("of", ()), *(spec[key] for key in ("reference", "baseline") if spec.get(key))]
+    _check_names(where, [*words, *compared], known)
+
+
+def _check_names(where: str, words: Iterable[str], known: Sequence[str]) -> None:
+    """Patterns are left to what they will find."""
     for word in words:
         name = re.split(r"[\[@]", str(word), maxsplit=1)[0]
         if re.fullmatch(r"\w+", name) and name not in known:

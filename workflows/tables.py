@@ -12,10 +12,13 @@ from typing import Any
 import pandas as pd
 
 from methods.stage import AssayError
-from workflows import matched_table, specs
-from workflows.columns import Cell, Column
+from workflows import matched_table, relative, specs
+from workflows.columns import CLASS_TASK, Cell, Column
 from workflows.grid import Table, Text, column_numbers, explanation, header, marks, names, shown
 from workflows.measured import Measured
+
+DEFAULT_COLUMNS = 16
+"""How many columns a table gets that nobody asked for."""
 
 
 def table(measured: Measured, name: str, spec: Mapping[str, Any]) -> Table:
@@ -39,19 +42,37 @@ def _plain(measured: Measured, name: str, spec: Mapping[str, Any]) -> Table:
         for place in range(len(runs))
     )
     headers = (by, *(header(column, [row[place] for row in grid]) for place, column in enumerate(columns)))
+    notes += relative.explained(columns)
+    notes += dict.fromkeys(note for column in columns for note in measured.unrelated(runs, column))
     notes += dict.fromkeys(note for column in columns for note in measured.straight(runs, column))
     about = [explanation(rows), *notes, *dict.fromkeys(note for _, each in marked for note in each)]
     return Table(name, spec.get("title", ""), headers, rows, tuple(about), _numbers(called, columns, grid))
 
 
 def default_specs(measured: Measured) -> dict[str, dict[str, Any]]:
-    """One table for every entry and one of costs, for an experiment that asks for none."""
+    """One table for every entry and one of costs, for an experiment that asks for none.
+
+    Numbers about single classes, of which there may be a hundred, are left to planes and to results.csv.
+    """
     rows = measured.results[measured.results["metric"] != ""]
-    entries = {entry: [f"{entry}.{metric}" for metric in dict.fromkeys(part["metric"])]
+    rows = rows[[CLASS_TASK.fullmatch(task) is None for task in rows["task"]]]
+    entries = {entry: [(f"{entry}.{metric}", len(dict.fromkeys(own["task"])))
+                       for metric, own in part.groupby("metric", sort=False)]
                for entry, part in rows.groupby("entry", sort=False)}  # fmt: skip
-    costs = [name for entry in specs.COSTS for name in entries.pop(entry, [])]
-    wanted = {entry: {"columns": columns} for entry, columns in entries.items()}
+    costs = [name for entry in specs.COSTS for name, _ in entries.pop(entry, [])]
+    wanted = {entry: _first(entry, counted) for entry, counted in entries.items()}
     return wanted | ({"cost": {"columns": costs}} if costs else {})
+
+
+def _first(entry: str, counted: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """A table of the first metrics of an entry, as many as can be read beside each other."""
+    columns, wide = [counted[0][0]], counted[0][1]
+    for name, count in counted[1:]:
+        if wide + count <= DEFAULT_COLUMNS:
+            columns, wide = [*columns, name], wide + count
+    left = len(counted) - len(columns)
+    more = f"{entry}: {len(columns)} of its {len(counted)} metrics; name others under tables in the experiment file"
+    return {"columns": columns} | ({"title": more} if left else {})
 
 
 def _columns(measured: Measured, references: Sequence[str]) -> tuple[list[Column], list[str]]:

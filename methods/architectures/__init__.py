@@ -1,11 +1,15 @@
-"""Our own model classes: a Llama with fewer heads and neurons per layer, and a Llama with a distance head.
+"""Our own model classes: language models with a head of ours, a Llama cut by pruning, small classifiers.
 
 ``register`` makes them known to transformers' Auto classes and to lm-eval; ``with_head`` gives a model
-another output head; ``shrink`` cuts what a structural pruning zeroed.
+another output head; ``output_layer``, ``block_scores`` and ``without_head`` are how a loss gets at the head of
+any model; ``shrink`` cuts what a structural pruning zeroed.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +21,14 @@ if TYPE_CHECKING:
 
 REVISION = 1
 
-# The model types whose layers we know how to cut and whose head we know how to exchange.
+# The model types whose layers we know how to cut.
 LLAMAS = ("llama", "pruned_llama", "harmonic_llama")
+# A head that cannot get below this loss, in nats, is announced before a language model is trained with it.
+NOTABLE_FLOOR = 0.01
+# How far, as a ratio of distances, a trained model may hold the other classes off: the announcement's example.
+FAR = 10.0
+# Settings of models that change the logits behind the output layer, and the values that mean "unchanged".
+BEHIND_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 @cache
@@ -27,28 +37,207 @@ def register() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from methods.architectures import harmonic_llama, pruned_llama
+    from methods.architectures import harmonic_gpt2, harmonic_llama, pruned_llama
 
     for configuration, model in (
         (pruned_llama.PrunedLlamaConfig, pruned_llama.PrunedLlamaForCausalLM),
         (harmonic_llama.HarmonicLlamaConfig, harmonic_llama.HarmonicLlamaForCausalLM),
+        (harmonic_gpt2.HarmonicGPT2Config, harmonic_gpt2.HarmonicGPT2LMHeadModel),
     ):
         AutoConfig.register(configuration.model_type, configuration, exist_ok=True)
         AutoModelForCausalLM.register(configuration, model, exist_ok=True)
         # lm-eval asks this table, and not the Auto class, whether a model is a causal one.
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[configuration.model_type] = model.__name__
+    _register_classifiers()
+
+
+def _register_classifiers() -> None:
+    from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+
+    from methods.architectures import classifiers
+
+    for loader, models in (
+        (AutoModelForImageClassification, classifiers.IMAGES),
+        (AutoModelForSequenceClassification, classifiers.TOKENS),
+    ):
+        for model in models:
+            configuration = model.config_class
+            AutoConfig.register(configuration.model_type, configuration, exist_ok=True)
+            loader.register(configuration, model, exist_ok=True)
+
+
+# --- the output head -----------------------------------------------------------------------------------------
 
 
 def with_head(model: PreTrainedModel, component: Component) -> PreTrainedModel:
-    """The same decoder under another output head; the class vectors are the old output weights.
+    """The same model under another output head; the class vectors are the old output weights.
 
-    Tied embeddings stay tied. Raises an AssayError for a model that is no Llama.
+    Tied embeddings stay tied. What old and new head have in common, such as a bias, is kept.
+
+    Raises:
+        AssayError: a model whose head cannot be exchanged, a wrong option, or a head that cannot be tied.
     """
-    from methods.architectures.harmonic_llama import HarmonicLlamaForCausalLM, configure
+    from methods.architectures import distance_head
 
-    require_llama(model, f"a {component.name} head")
-    settings = copied_settings(model) | {"assay_head": configure(component)}
-    return rebuilt(model, HarmonicLlamaForCausalLM, settings)
+    build, entry = _class_with_head(model, component), distance_head.configure(component)
+    layer = output_layer(model)
+    classes, width = class_vectors(layer).shape
+    _refuse_tied(model, layer, component, classes)
+    new = rebuilt(
+        model, build, copied_settings(model) | {"assay_head": entry}, _state_under(model, layer, entry)
+    )
+    if hasattr(model, "lm_head"):
+        announce_floor(component, output_layer(new).loss_floor(), width, classes)
+    return new
+
+
+def _class_with_head(model: PreTrainedModel, component: Component) -> Any:
+    """The class that the model has with a head of ours."""
+    from methods.architectures import harmonic_gpt2, harmonic_llama
+
+    if hasattr(model.config, "assay_head"):
+        return type(model)
+    if model.config.model_type in LLAMAS:
+        return harmonic_llama.HarmonicLlamaForCausalLM
+    if model.config.model_type == "gpt2" and hasattr(model, "lm_head"):
+        return harmonic_gpt2.HarmonicGPT2LMHeadModel
+    raise AssayError(
+        f"a {component.name} head is available for models of type {', '.join(LLAMAS)}, gpt2, harmonic_gpt2 and for "
+        f"this project's classifiers; this model is of type {model.config.model_type}."
+    )
+
+
+def _refuse_tied(model: PreTrainedModel, layer: Any, component: Component, classes: int) -> None:
+    """A head whose weight has other rows than the embedding cannot share it."""
+    from methods.architectures import distance_head
+
+    wanted = distance_head.rows(*distance_head.build(component.name, component.options), classes)
+    shared = sum(weight is layer.weight for _, weight in model.named_parameters(remove_duplicate=False)) > 1
+    if shared and wanted != classes:
+        raise AssayError(
+            f"a {component.name} head has {wanted} vectors and cannot share the {classes} of the embedding, to which "
+            f"this model's output is tied: start from a model that is not tied (tied=false of a new model; of a "
+            f"downloaded one a copy whose config.json says tie_word_embeddings: false and whose file has the "
+            f"output weight)."
+        )
+
+
+def _state_under(model: PreTrainedModel, layer: Any, entry: dict[str, Any]) -> dict[str, Tensor]:
+    """The model's state dict with what the new head makes of the old one's class vectors and parameters."""
+    from methods.architectures import distance_head
+
+    prefix = next(name for name, module in model.named_modules() if module is layer) + "."
+    state = dict(model.state_dict())
+    old = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
+    new = distance_head.adopted(entry, class_vectors(layer).detach())
+    if getattr(layer, "head", None) == entry:
+        new |= old
+    elif old.get("bias") is not None and "bias" in new:
+        new["bias"] = old["bias"]
+    return state | {prefix + name: value for name, value in new.items()}
+
+
+def loss_floor(component: Component, width: int, classes: int) -> float:
+    """The least mean loss in nats that a head can reach at this size; 0 for one that can be certain."""
+    from methods.architectures import distance_head
+
+    return distance_head.loss_floor(component, width, classes)
+
+
+def announce_floor(component: Component, floor: float, width: int, classes: int) -> None:
+    """Say before training what the head cannot do: a loss floor, or one that holds at ordinary distances."""
+    from methods.architectures.distance_head import loss_at
+
+    ordinary, words = loss_at(component, width, classes, FAR), ""
+    if floor > NOTABLE_FLOOR:
+        words = f"no loss below {floor:.2f} nats can be reached, whatever is learnt"
+    elif ordinary > NOTABLE_FLOOR:
+        words = (
+            f"with every wrong class {FAR:g} times as far away as the right one the loss is still "
+            f"{ordinary:.2f} nats; a larger exponent lowers it"
+        )
+    if words:
+        print(f"assay: head {component.name} over {classes} classes: {words}.", file=sys.stderr, flush=True)
+
+
+def output_layer(model: Any) -> Any:
+    """The layer that gives the model's scores: its output embedding, or ``classifier``; below any adapter."""
+    inner = unwrapped(model)
+    found = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    layer = found if found is not None else getattr(inner, "classifier", None)
+    if layer is None:
+        raise AssayError(
+            f"{type(inner).__name__} has no output layer known here: neither output embeddings nor a classifier."
+        )
+    return layer
+
+
+def unwrapped(model: Any) -> Any:
+    """The model itself, without what holds its adapter or spreads it over processes."""
+    if hasattr(model, "get_base_model"):
+        return unwrapped(model.get_base_model())
+    inner = model.__dict__.get("_modules", {}).get("module")
+    return model if inner is None else unwrapped(inner)
+
+
+def class_vectors(layer: Any) -> Tensor:
+    """One vector for each class [V,d] of an output layer."""
+    vectors: Tensor = layer.class_vectors() if hasattr(layer, "class_vectors") else layer.weight
+    return vectors
+
+
+def block_scores(layer: Any, hidden: Tensor, classes: slice) -> Tensor:
+    """Scores [N,v] of a slice of the classes for hidden states [N,d], in float32 or wider.
+
+    Raises an AssayError where the score of a class depends on the others, and for a layer with an adapter.
+    """
+    from torch import nn
+    from torch.nn.functional import linear
+
+    from methods.head import widen
+
+    if hasattr(layer, "block"):
+        found: Tensor = layer.block(hidden, classes)
+        return found
+    if type(layer) is not nn.Linear:
+        raise AssayError(
+            f"the output layer is a {type(layer).__name__}, whose classes cannot be scored in slices: leave it out of "
+            "the adapter's targets, or use loss=cross_entropy."
+        )
+    bias = None if layer.bias is None else layer.bias[classes]
+    return widen(linear(hidden.to(layer.weight.dtype), layer.weight[classes], bias))
+
+
+@contextmanager
+def without_head(model: Any) -> Iterator[None]:
+    """Within it the model's ``logits`` are the hidden states that would enter its output layer.
+
+    Raises an AssayError for a model that changes its logits behind the output layer.
+    """
+    layer, config = output_layer(model), unwrapped(model).config
+    changed = [name for name in BEHIND_THE_HEAD if getattr(config, name, None) not in (None, 1, 1.0)]
+    if changed:
+        raise AssayError(
+            f"{type(unwrapped(model)).__name__} changes its logits behind the output layer ({changed[0]}="
+            f"{getattr(config, changed[0])}): a loss cannot apply that layer itself; use loss=cross_entropy."
+        )
+    before = layer.__dict__.get("forward")
+    layer.forward = _unchanged
+    try:
+        yield
+    finally:
+        if before is None:
+            del layer.forward
+        else:
+            layer.forward = before
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    """An output layer that is not there."""
+    return hidden
+
+
+# --- cutting -------------------------------------------------------------------------------------------------
 
 
 def shrink(model: PreTrainedModel) -> PreTrainedModel:
@@ -99,5 +288,6 @@ def rebuilt(
         parameter.data = parameter.data.to(device=model.device, dtype=model.dtype)
     new.to(model.device)
     new.load_state_dict(model.state_dict() if state is None else state)
-    new.generation_config = model.generation_config
+    if hasattr(model, "generation_config"):
+        new.generation_config = model.generation_config
     return new.train(model.training)

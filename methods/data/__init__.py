@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from methods.data._cases import Cases, CaseTable, read_cases
 from methods.find import nearest
 from methods.sources import Locator, Row
 from methods.stage import AssayError, Count
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REVISION",
+    "CaseTable",
+    "Cases",
     "Example",
     "Locator",
     "Part",
@@ -44,6 +47,7 @@ __all__ = [
     "encode_pairs",
     "encode_text",
     "padding_id",
+    "read_cases",
     "read_rows",
     "train_tokenizer",
     "write_rows",
@@ -83,6 +87,11 @@ class Part:
     def tokens(self) -> Count:
         """Targets that count."""
         return Count(float(self.mask.sum()), f"{self.name}.tokens")
+
+    @property
+    def seen(self) -> int:
+        """Tokens that the model reads, padding left out."""
+        return int(self.attention_mask.sum())
 
     @property
     def sequences(self) -> Count:

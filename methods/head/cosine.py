@@ -18,12 +18,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from methods.head import Harmonic, log_scores
+import methods.head
+from methods.head import Harmonic, conventions, power, safe_log, widen
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-USES = ("methods.head",)
+    from methods.head._products import Curve
+
+USES = ("methods.head", "methods.head._products")
 # Norm below which a vector counts as having no direction; as in the official stable layer.
 SMALLEST_NORM = 1e-12
 
@@ -39,19 +42,54 @@ class Config(Harmonic):
 
 def scores(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
     """Log-space scores [N,V] of hidden states [N,d] for class vectors [V,d]: ``-n log(1 - cos)``."""
-    return log_scores(config, hidden, weight, squared_distance)
+    from methods.head._products import Curve, full_precision
+
+    exponent = power(config, hidden.shape[-1])
+    with full_precision(hidden.device.type):
+        if config.stable:
+            found = one_minus_cosine(widen(hidden), widen(weight), Curve(config.epsilon, exponent))
+        else:
+            found = -exponent * safe_log(squared_distance(config, hidden, weight))
+        return conventions(config, found)
+
+
+def ceiling(config: Config, width: int, classes: int) -> float:
+    """The best probability: 1 - cos is never more than 2."""
+    ratio = (config.epsilon / (2 + config.epsilon)) ** power(config, width)
+    return methods.head.ceiling(config, width, classes, ratio)
 
 
 def squared_distance(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
     """``1 - cos + epsilon`` [N,V]: half the squared distance of the directions."""
-    return (1 - cosine(config, hidden, weight)).clamp(min=0) + config.epsilon
+    from methods.head._products import Curve, full_precision
+
+    with full_precision(hidden.device.type):
+        hidden, weight = widen(hidden), widen(weight)
+        if config.stable:
+            return one_minus_cosine(hidden, weight, Curve(config.epsilon, logarithm=False))
+        lengths = hidden.norm(dim=1, keepdim=True) * weight.norm(dim=1)
+        return (lengths_minus_product(hidden, weight) + config.epsilon) / (
+            lengths + config.epsilon
+        ) + config.epsilon
 
 
-def cosine(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
-    """Cosines [N,V], guarded against vectors without a direction."""
+def one_minus_cosine(hidden: Tensor, weight: Tensor, curve: Curve) -> Tensor:
+    """``f(1 - cos)`` [N,V] of vectors whose norms are floored at 1e-12."""
     from torch.nn.functional import normalize
 
-    if config.stable:
-        return normalize(hidden, dim=1, eps=SMALLEST_NORM) @ normalize(weight, dim=1, eps=SMALLEST_NORM).T
-    lengths: Tensor = hidden.norm(dim=1, keepdim=True) * weight.norm(dim=1)
-    return hidden @ weight.T / (lengths + config.epsilon)
+    from methods.head._products import product
+
+    hidden, weight = normalize(hidden, dim=1, eps=SMALLEST_NORM), normalize(weight, dim=1, eps=SMALLEST_NORM)
+    return product(hidden, weight, hidden.new_ones(len(hidden)), weight.new_zeros(len(weight)), -1.0, curve)
+
+
+def lengths_minus_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """``|x||w| - x.w`` [N,V] as one matrix product of vectors with their length as a further coordinate."""
+    import torch
+
+    from methods.head._products import Curve, product
+
+    left = torch.cat([hidden, -hidden.norm(dim=1, keepdim=True)], dim=1)
+    right = torch.cat([weight, weight.norm(dim=1, keepdim=True)], dim=1)
+    none = hidden.new_zeros(len(hidden)), weight.new_zeros(len(weight))
+    return product(left, right, *none, -1.0, Curve(0.0, logarithm=False))

@@ -25,12 +25,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from methods.head import Harmonic, log_scores
+from methods.head import Harmonic, conventions, power, widen
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-USES = ("methods.head",)
+USES = ("methods.head", "methods.head._products")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +40,19 @@ class Config(Harmonic):
 
 def scores(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
     """Log-space scores [N,V] of hidden states [N,d] for class vectors [V,d]: ``-n log s``."""
-    return log_scores(config, hidden, weight, squared_distance)
+    from methods.head._products import Curve, full_precision, squared_euclidean
+
+    curve = Curve(config.epsilon, power(config, hidden.shape[-1]))
+    with full_precision(hidden.device.type):
+        return conventions(config, squared_euclidean(widen(hidden), widen(weight), curve))
 
 
 def squared_distance(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
     """``s`` [N,V] as one matrix product.
 
-    Both sides are first moved by the mean class vector. Distances do not notice, but the product cancels
-    far less: with a common offset of 10 per coordinate float32 would lose 1 % of the distance. What is left
-    of the cancellation may be below zero, where a power of n is not a number: hence the clamp.
+    What is left of its cancellation may be below zero, where a power of n is not a number: there s is epsilon.
     """
-    centre = weight.detach().mean(dim=0)
-    hidden, weight = hidden - centre, weight - centre
-    lengths = hidden.square().sum(dim=1, keepdim=True) + weight.square().sum(dim=1)
-    return (lengths - 2 * hidden @ weight.T).clamp(min=0) + config.epsilon
+    from methods.head._products import Curve, full_precision, squared_euclidean
+
+    with full_precision(hidden.device.type):
+        return squared_euclidean(widen(hidden), widen(weight), Curve(config.epsilon, logarithm=False))

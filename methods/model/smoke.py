@@ -5,6 +5,9 @@ safetensors with an index, bfloat16, grouped-query attention, llama3 rotary scal
 token, a tokenizer that begins texts with a special token, and a chat template inside ``tokenizer_config.json`` that
 prints a date, today's unless told otherwise. The layout follows meta-llama/Llama-3.2-1B-Instruct; every text of the
 template is our own. No ``assay.json``: a folder from the hub has none either.
+
+A GPT-2 follows openai-community/gpt2: float32, one token that begins and ends a text and is not written before it, no
+chat template, sampling left at its defaults.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ CONTEXT_TOKENS = 2048
 # Small enough for several shards of a model of about 40 thousand weights.
 SHARD_BYTES = 24_000
 
+BETWEEN = "<|endoftext|>"
 BEGIN, END, TURN_END = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 HEADER, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 # The date comes from date_string or, without one, from the clock; the system header is always there.
@@ -62,14 +66,14 @@ class Config:
     """Options of a stand-in."""
 
     # The architecture of the model it stands for.
-    kind: Literal["llama"] = "llama"
+    kind: Literal["llama", "gpt2"] = "llama"
     # Whether the output layer shares the embedding's weights, as in the original.
     tied: bool = True
     # Attention heads; the width of 32 must be an even multiple of them.
     heads: Annotated[int, Gt(0)] = 4
-    # Key and value heads, a divisor of heads: fewer than heads is grouped-query attention.
+    # Key and value heads of a Llama, a divisor of heads: fewer than heads is grouped-query attention.
     kv_heads: Annotated[int, Gt(0)] = 2
-    # Whether it has a chat template (an "instruct" model).
+    # Whether a Llama has a chat template (an "instruct" model).
     chat: bool = True
     # The hub name it stands for: two names get different weights.
     stands_for: str = ""
@@ -86,6 +90,11 @@ def build(config: Config, stage: Stage) -> None:
     """Write weights, tokenizer and generation settings as a hub folder has them."""
     folder = stage.folder / "model"
     folder.mkdir(parents=True, exist_ok=True)
+    if config.kind == "gpt2":
+        tokenizer = _gpt2_tokenizer()
+        _gpt2(config, tokenizer).save_pretrained(folder, max_shard_size=SHARD_BYTES)
+        tokenizer.save_pretrained(folder)
+        return
     tokenizer = _tokenizer(config)
     _model(config, tokenizer).save_pretrained(folder, max_shard_size=SHARD_BYTES)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
@@ -148,9 +157,51 @@ def _model(config: Config, tokenizer: Any) -> PreTrainedModel:
         },
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(hashlib.sha256(config.stands_for.encode()).hexdigest()[:8], 16))
+        torch.manual_seed(_seed(config))
         model = LlamaForCausalLM(layout)
     return model.bfloat16()
+
+
+def _gpt2_tokenizer() -> PreTrainedTokenizerFast:
+    """Trained on the built-in world; it adds nothing to a text."""
+    from transformers import PreTrainedTokenizerFast
+
+    from methods import world
+    from methods.data import byte_bpe
+
+    texts = [f"{row['question']} {row['answer']}" for row in world.rows("full")]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=byte_bpe(texts, VOCABULARY, (BETWEEN,)),
+        bos_token=BETWEEN,
+        eos_token=BETWEEN,
+        unk_token=BETWEEN,
+        model_max_length=CONTEXT_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _gpt2(config: Config, tokenizer: Any) -> PreTrainedModel:
+    """Random float32 weights; the seed is the name it stands for."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    layout = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=CONTEXT_TOKENS,
+        n_embd=HIDDEN,
+        n_layer=LAYERS,
+        n_head=config.heads,
+        tie_word_embeddings=config.tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seed(config))
+        return GPT2LMHeadModel(layout)
+
+
+def _seed(config: Config) -> int:
+    return int(hashlib.sha256(config.stands_for.encode()).hexdigest()[:8], 16)
 
 
 def _write_generation_config(folder: Path, tokenizer: Any) -> None:

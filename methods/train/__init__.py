@@ -1,11 +1,22 @@
-"""Training: from rows to a model that answers them.
+"""Training: from rows to a model that answers them, or that tells classes apart.
 
 A method file holds ``loss(config, model, batch)`` and returns named terms; ``batch.train`` is a
-``methods.data.Part``. An option ``data`` names the rows, and ``head``, where a method has it, another output head.
+``methods.data.Part`` of sequences or, where the model is a classifier, ``methods.data.Cases``. An option ``data`` names
+the rows, and ``head``, where a method has it, another output head. What else it needs it says in functions of its own,
+each of which may be left out:
+
+* ``prepare(config, model, stage, parts)``: called with the model under its head, before training; ``parts`` is
+  ``{"train": examples or cases}``, and what it returns, if anything, stands in their place. Buffers that it registers
+  on the model with ``persistent=False`` are saved and resumed with the run, and not written with the model.
+* ``check_batches(config, batches, steps)``: refuses, before training, batches that the loss cannot work on.
+* ``outer(config)``: for a loss that is no sum over items, the objective as a function of the terms' means.
+* ``weigh(config)``: weights of the global batch's rows from their losses, read with ``batch.weigh``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +30,48 @@ REVISION = 1
 
 
 def run(stage: Stage, method: ModuleType) -> None:
-    """Encode the rows, load the model and train it with the method's loss."""
+    """Read the rows, load the model, give it its head and train it with the method's loss."""
     from methods import loop
-    from methods.checkpoint import load_tokenizer
-    from methods.data import Style, encode
 
-    config, source = stage.config, stage.parents["model"]
-    rows = stage.data.rows(config.data)
-    examples = encode(rows, load_tokenizer(source), Style.read(source), config.context_tokens)
-    model = loop.prepare(stage, config, head=getattr(config, "head", None))
+    config = stage.config
+    parts = _parts(stage)
+    fresh = getattr(config, "start", "parent") == "random"
+    model = loop.prepare(stage, config, head=getattr(config, "head", None), fresh=fresh)
+    if _classifies(stage):
+        parts["train"].check_model(model, config.data)
+    parts = _hook(method, "prepare", config, model, stage, parts) or parts
+    # A batch of more cases than there are would see some of them twice.
+    size = min(config.batch, len(parts["train"])) if _classifies(stage) else config.batch
+    settings = replace(config, batch=size)
+    batches = loop.Batches(parts, size=size, seed=stage.seed)
+    _hook(method, "check_batches", config, batches, loop.steps_of(settings, batches.count))
 
     def loss(model: Any, batch: Batch) -> Terms:
         terms: Terms = method.loss(config, model, batch)
         return terms
 
-    loop.train(
-        stage, model, config, loop.Batches({"train": examples}, size=config.batch, seed=stage.seed), loss
-    )
+    outer, weigh = _hook(method, "outer", config), _hook(method, "weigh", config)
+    loop.train(stage, model, settings, batches, loss, outer=outer, weigh=weigh)
+
+
+def _parts(stage: Stage) -> Mapping[str, Any]:
+    """The rows as encoded examples, or as a table of cases where the model is a classifier."""
+    from methods.checkpoint import load_tokenizer
+    from methods.data import Style, encode, read_cases
+
+    config, source = stage.config, stage.parents["model"]
+    rows = stage.data.rows(config.data)
+    if _classifies(stage):
+        return {"train": read_cases(rows, config.data)}
+    return {"train": encode(rows, load_tokenizer(source), Style.read(source), config.context_tokens)}
+
+
+def _classifies(stage: Stage) -> bool:
+    from methods.checkpoint import is_classifier
+
+    return is_classifier(stage.parents["model"])
+
+
+def _hook(method: ModuleType, name: str, *arguments: Any) -> Any:
+    """What one of the method's own functions says; None where it has none of that name."""
+    return getattr(method, name)(*arguments) if hasattr(method, name) else None

@@ -11,17 +11,18 @@ every token counts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from methods.loop import Training, component
-from methods.stage import Claim, Dataset, Head, Loss, Term, Terms
-from methods.terms import answer_nll, forward
+from methods import loss as losses
+from methods.loop import Training
+from methods.stage import Claim, Dataset, Head, Loss, Terms, Weighting
 
 if TYPE_CHECKING:
-    from methods.gradient import Batch
+    from methods.gradient import Batch, Outer, Weigh
+    from methods.loop import Batches
 
 SEEDED = True
-USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms")
+USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms", "methods.loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +31,14 @@ class Config(Training):
 
     # rows to train on; several sets joined by +
     data: Dataset = "authors/retain90+authors/facts"
+    # the parent's weights, or new ones of its shapes, drawn from the seed: pretraining with a known model's tokenizer
+    start: Literal["parent", "random"] = "parent"
     # output head to give the model before training; None keeps its own
     head: Head | None = None
     # loss of each answer token; None: cross entropy
     loss: Loss | None = None
+    # weights of the sequences of a batch from their losses; None: every answer token counts the same
+    weighting: Weighting | None = None
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -51,10 +56,21 @@ CLAIMS: tuple[Claim, ...] = (
 
 def loss(config: Config, model: Any, batch: Batch) -> Terms:
     """``train``: the mean loss over the answer tokens."""
-    part = batch.train
-    outputs = forward(model, part)
-    if config.loss is None:
-        return {"train": answer_nll(part, outputs)}
-    chosen, options = component("loss", config.loss)
-    losses = chosen.token_losses(options, outputs.logits[outputs.mask], outputs.targets[outputs.mask])
-    return {"train": Term(losses.sum(), part.tokens)}
+    return losses.terms(config.loss, model, batch.train, config.weighting, batch)
+
+
+def outer(config: Config) -> Outer | None:
+    """How the means of a loss that is no sum over tokens make up the objective."""
+    return losses.outer(config.loss)
+
+
+def weigh(config: Config) -> Weigh | None:
+    """The weighting's function of the losses of a global batch."""
+    from methods import weighting
+
+    return weighting.weigh(config.weighting)
+
+
+def check_batches(config: Config, batches: Batches, steps: int) -> None:
+    """AssayError for a loss that does not fit sequences."""
+    losses.check_batches(config.loss, batches, steps)

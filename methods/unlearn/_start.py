@@ -44,32 +44,14 @@ def _places(batches: loop.Batches, name: str, steps: int) -> list[Place]:
 def _scored(
     stage: Stage, model: Any, settings: loop.Training, examples: Sequence[Example]
 ) -> Iterable[Example]:
-    """The examples with the NLL of each target, in nats; neighbours in length share a batch."""
-    import torch
-
+    """The examples with the NLL of each target, in nats."""
     from methods.checkpoint import load_tokenizer
-    from methods.data import collate, padding_id
-    from methods.terms import forward, token_nll
+    from methods.data import padding_id
+    from methods.likelihood import target_nll, with_extra
 
-    padding, device = padding_id(load_tokenizer(stage.parents["model"])), next(model.parameters()).device
+    padding = padding_id(load_tokenizer(stage.parents["model"]))
     size = min(settings.batch, settings.micro_batch or settings.batch)
-    order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
-    found: dict[int, Example] = {}
-    model.eval()
-    with torch.no_grad():
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            part = collate([examples[place] for place in chosen], padding, "start").to(device)
-            rows = token_nll(forward(model, part)).tolist()
-            for place, row in zip(chosen, rows, strict=True):
-                found[place] = _carrying(examples[place], row)
-    model.train()
-    return [found[place] for place in range(len(examples))]
-
-
-def _carrying(example: Example, row: Sequence[float]) -> Example:
-    values = tuple(row[: len(example.input_ids) - 1])
-    return replace(example, extra={**example.extra, "start_nll": values})
+    return with_extra(examples, "start_nll", target_nll(model, examples, padding, size))
 
 
 def _with(part: Any, known: Mapping[Place, Example]) -> Any:
