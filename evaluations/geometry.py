@@ -11,10 +11,10 @@ row begins with what was measured:
   2026, "Rethinking the Harmonic Loss via Non-Euclidean Distance Layers", ``vision/utils/pca_analysis.py``).
 * ``features``: as they are. ``accuracy`` of the model on these points and ``nearest_vector_accuracy``, of calling
   each point by its nearest class vector in the head's own distance, or in the Euclidean one where the head measures
-  none: the two are the same for a harmonic head. ``rankme_eigen`` is of the squared, centred spectrum (Li et al. 2025,
-  "Tracing the Representation Geometry of Language Models"), ``rankme_singular`` of the uncentred singular values
-  (Garrido et al. 2023, "RankMe"); they differ by a lot. ``alpha_req`` (Agrawal et al. 2022) names the ranks it was
-  fitted over. The sources take them at the last token of a text.
+  none (``nearest_by`` in the notes): the two are the same for a harmonic head. ``rankme_eigen`` is of the squared,
+  centred spectrum (Li et al. 2025, "Tracing the Representation Geometry of Language Models"), ``rankme_singular`` of
+  the uncentred singular values (Garrido et al. 2023, "RankMe"); they differ by a lot. ``alpha_req`` (Agrawal et al.
+  2022) names the ranks it was fitted over. The sources take them at the last token of a text.
 * ``class_vectors`` and ``embedding``: the same PCA numbers of the vectors as they are, without standardising, and
   ``norm``. On the arithmetic data sets also how close the tokens come to their task's figure: ``circle``, ``lattice``,
   ``equivalence`` (0 is perfect), ``permutation`` (1 is), and of the lattice's rows or of ``quadruples``
@@ -119,9 +119,10 @@ def evaluate(scoring: Scoring) -> list[Row]:
     points = collect(scoring, config.data, config.points)
     centres = points if config.centres is None else _for_centres(scoring, config.centres)
     vectors = array(class_vectors(layer))
+    nearest, scoring.notes["nearest_by"] = nearest_vectors(layer, points.features)
     rows = [
         *_standardised(points, config.components),
-        *_features(points, layer),
+        *_features(points, nearest),
         *_vectors("class_vectors", vectors, config),
         *_centres(centres, vectors, config.constant),
         *_logits(points),
@@ -183,22 +184,14 @@ def _standardised(points: Points, components: int) -> list[Row]:
     return _variances(f"features {points.task} standardised", points.features, components, standardised=True)
 
 
-def _features(points: Points, layer: Any) -> list[Row]:
+def _features(points: Points, nearest: ndarray) -> list[Row]:
     """Accuracies, and the ranks of the features as they are."""
     task, count = f"features {points.task}", len(points.features)
     right = _statistics.mean(points.predicted == points.labels)
-    nearest, distance = nearest_vectors(layer, points.features)
     near = _statistics.mean(nearest == points.labels)
     rows = [
         Row(task, "accuracy", right.value, right.stderr, right.n, better="higher"),
-        Row(
-            f"{task} distance={distance}",
-            "nearest_vector_accuracy",
-            near.value,
-            near.stderr,
-            near.n,
-            better="higher",
-        ),
+        Row(task, "nearest_vector_accuracy", near.value, near.stderr, near.n, better="higher"),
     ]
     shares = _spectrum.ratios(points.features, MOST_SCORES)
     values = _spectrum.singular_values(points.features)

@@ -64,11 +64,12 @@ KIND: dict[str, str] = {
     "model.vit": "images",
     "classify": "images",
     "loss.anyloss": "two_classes",
+    "head.vq_logits": "images",
     "train.saf": "tokens",
     "train.smooth_adversarial": "images",
 }
 # Methods that a component is run in where it is not the usual one of its kind.
-HOST: dict[str, str] = {"loss.anyloss": "train.classify"}
+HOST: dict[str, str] = {"loss.anyloss": "train.classify", "head.vq_logits": "train.classify"}
 # The options of the new classifiers.
 BUILD: dict[str, tuple[str, dict[str, Value]]] = {
     "tokens": ("model.token_mlp", {"hidden": (16,)}),
@@ -123,6 +124,7 @@ SMALL_OF: dict[str, dict[str, Value]] = {
     "weighting.upper": {"warmup_steps": 0},
     "head.euclidean": {"exponent": 4.0},
     "head.cosine": {"exponent": 4.0},
+    "head.vq_logits": {"codes": 5},
     **{f"head.{name}": {"exponent": 4.0} for name in
        ("manhattan", "minkowski", "chebyshev", "canberra", "bray_curtis", "hamming")},
     "geometry": {"points": 40, "components": 8},
@@ -202,6 +204,8 @@ SECOND: dict[str, Change] = {
     "head.canberra:weight_power": Change(1.5, {"variant": "weighted"}),
     "head.canberra:normalize_weights": Change(False, {"variant": "weighted"}),
     "head.bray_curtis:minimum_sum": Change(50.0, {"variant": "normalized"}),
+    "head.vq_logits:codes": Change(7),
+    "head.vq_logits:iterations": Change(0),
     "head.hamming:impl": Change("toy", {"variant": "hard"}),
     "head.hamming:threshold": Change(0.1, {"variant": "hard"}),
     "head.hamming:straight_through": Change("official", {"variant": "hard"}),

@@ -330,8 +330,10 @@ def test_the_exponent_is_on_the_square_unless_it_says_plain(case: Case) -> None:
 @pytest.mark.parametrize("case", [*CASES, BITS], ids=str)
 def test_the_best_class_is_the_nearest_vector(case: Case) -> None:
     inputs = points(40, 9, 8)
-    nearest = case.plain(inputs[0][:, None], inputs[1]).argmin(1)
-    assert torch.equal(case.scores(*inputs).argmax(1), nearest)
+    distances = case.plain(inputs[0][:, None], inputs[1])
+    # Numbers of bits tie: any of the nearest will do.
+    best = case.scores(*inputs).argmax(1, keepdim=True)
+    assert torch.equal(distances.gather(1, best)[:, 0], distances.amin(1))
 
 
 HOMOGENEOUS = [
@@ -440,13 +442,11 @@ def test_bits_that_agree_pass_on_no_gradient_and_others_that_of_a_sigmoid() -> N
     torch.testing.assert_close(hidden.grad, torch.tensor([[0, -slope[0], slope[1]]], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("case", [BITS], ids=str)
-def test_the_gradient_of_bits_is_that_of_their_absolute_difference(case: Case) -> None:
+def test_the_gradient_of_bits_is_that_of_their_absolute_difference() -> None:
     inputs = points(6, 7, 5)
-    module, config = case.module, case.config()
-    bits = [module.bits(config, part) for part in inputs]
+    bits = [_blocks.bits(part, 0.5, 0.1) for part in inputs]
     expected = (bits[0][:, None] - bits[1]).abs().sum(-1)
-    both = zip(gradients(case.distance(*inputs), inputs), gradients(expected, inputs), strict=True)
+    both = zip(gradients(BITS.distance(*inputs), inputs), gradients(expected, inputs), strict=True)
     for found, wanted in both:
         torch.testing.assert_close(found, wanted)
 
@@ -462,7 +462,7 @@ def test_wide_models_and_states_on_a_class_vector_stay_finite(case: Case, epsilo
     hidden[1] = 0
     weight[5] = 0
     inputs = (hidden.requires_grad_(), weight.requires_grad_())
-    more = {} if epsilon is None else {"epsilon": epsilon}
+    more: dict[str, Any] = {} if epsilon is None else {"epsilon": epsilon}
     scores = case.scores(*inputs, **more)
     cross_entropy(scores, torch.tensor([3, 0, 1, 2])).backward()
     assert scores.isfinite().all()

@@ -301,11 +301,10 @@ def test_nearest_vector_accuracy_is_the_accuracy_of_a_harmonic_head(name: str, t
     if f"head.{name}" not in catalogue().components:
         pytest.skip(f"not built yet: head {name}")
     model = pixels(tmp_path / "model", {"name": name, "options": {"exponent": 2.0}})
-    rows = evaluate("geometry", model, tmp_path / "out", data="digits/test")
+    seen = scoring("geometry", model, tmp_path / "out", data="digits/test")
+    rows = catalogue().evaluation("geometry").load().evaluate(seen)
     assert value(rows, "nearest_vector_accuracy") == value(rows, "accuracy")
-    assert {row.task for row in rows if row.metric == "nearest_vector_accuracy"} == {
-        f"features digits/test points=360 distance={name}"
-    }
+    assert seen.notes["nearest_by"] == name
 
 
 def test_the_inverted_wiring_shows_as_another_accuracy_and_the_same_nearest_vectors(tmp_path: Path) -> None:

@@ -115,7 +115,10 @@ def test_options_of_a_component_that_say_how_do_not_enter_the_id_either(tmp_path
     assert one.jobs.keys() == two.jobs.keys()
     job, other = one.jobs[ids(one, "train.sft")[0]], two.jobs[ids(two, "train.sft")[0]]
     assert job.label == other.label
-    assert [each.config["loss"]["options"]["implementation"] for each in (job, other)] == ["auto", "blockwise"]
+    assert [each.config["loss"]["options"]["implementation"] for each in (job, other)] == [
+        "auto",
+        "blockwise",
+    ]
 
 
 def test_a_default_written_out_is_the_same_job_with_the_same_label(tmp_path: Path) -> None:

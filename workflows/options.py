@@ -78,9 +78,9 @@ def resolve(call: Call, found: Found, catalogue: Catalogue, refer: Refer, smoke:
 
 
 def _smoke_values(found: Found) -> dict[str, Any]:
-    """What ``scale=smoke`` makes of options: those of a new model are its own affair, and its file may say more."""
-    values: dict[str, Any] = getattr(found.load(), "SMOKE", {}) if found.family == "model" else SMOKE
-    return values
+    """What ``scale=smoke`` makes of options: a file may say more, and those of a new model are its own affair."""
+    own: dict[str, Any] = getattr(found.load(), "SMOKE", {})
+    return own if found.family == "model" else SMOKE | own
 
 
 def label_options(call: Call, config_class: type, catalogue: Catalogue) -> tuple[tuple[str, Value], ...]:

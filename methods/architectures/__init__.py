@@ -126,13 +126,13 @@ def _state_under(model: PreTrainedModel, layer: Any, entry: dict[str, Any]) -> d
     """The model's state dict with what the new head makes of the old one's class vectors and parameters."""
     from methods.architectures import distance_head
 
-    prefix = next(name for name, module in model.named_modules() if module is layer) + "."
     state = dict(model.state_dict())
+    if getattr(layer, "head", None) == entry:
+        return state
+    prefix = next(name for name, module in model.named_modules() if module is layer) + "."
     old = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
     new = distance_head.adopted(entry, class_vectors(layer).detach())
-    if getattr(layer, "head", None) == entry:
-        new |= old
-    elif old.get("bias") is not None and "bias" in new:
+    if old.get("bias") is not None and "bias" in new:
         new["bias"] = old["bias"]
     return state | {prefix + name: value for name, value in new.items()}
 
@@ -145,19 +145,25 @@ def loss_floor(component: Component, width: int, classes: int) -> float:
 
 
 def announce_floor(component: Component, floor: float, width: int, classes: int) -> None:
-    """Say before training what the head cannot do: a loss floor, or one that holds at ordinary distances."""
-    from methods.architectures.distance_head import loss_at
+    """Say before training what the head cannot do: a loss floor, or one that holds as long as classes lie as usual."""
+    from methods.architectures.distance_head import loss_at, usual_loss
 
-    ordinary, words = loss_at(component, width, classes, FAR), ""
+    far, orthogonal = loss_at(component, width, classes, FAR), usual_loss(component, classes)
+    words = []
     if floor > NOTABLE_FLOOR:
-        words = f"no loss below {floor:.2f} nats can be reached, whatever is learnt"
-    elif ordinary > NOTABLE_FLOOR:
-        words = (
-            f"with every wrong class {FAR:g} times as far away as the right one the loss is still "
-            f"{ordinary:.2f} nats; a larger exponent lowers it"
+        words.append(f"no loss below {floor:.2f} nats can be reached, whatever is learnt")
+    if orthogonal > max(floor, NOTABLE_FLOOR):
+        words.append(
+            f"with every wrong class orthogonal to the hidden state the loss is still {orthogonal:.2f} nats"
+        )
+    elif far > max(floor, NOTABLE_FLOOR):
+        words.append(
+            f"with every wrong class {FAR:g} times as far away as the right one the loss is still {far:.2f} nats; "
+            "a larger exponent lowers it"
         )
     if words:
-        print(f"assay: head {component.name} over {classes} classes: {words}.", file=sys.stderr, flush=True)
+        text = "; ".join(words)
+        print(f"assay: head {component.name} over {classes} classes: {text}.", file=sys.stderr, flush=True)
 
 
 def output_layer(model: Any) -> Any:

@@ -58,6 +58,10 @@ class Classifier(PreTrainedModel):
         if self._holds_class_vectors(module):
             draw_class_vectors(module.weight, self.config.class_vectors)
 
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer, which adapters leave alone."""
+        return self.classifier
+
     def _holds_class_vectors(self, module: nn.Module) -> bool:
         tied = getattr(self.config, "tie_word_embeddings", False)
         return module is (self.embedding if tied else self.classifier)
@@ -204,6 +208,10 @@ class ImageViTForImageClassification(ViTForImageClassification):
         super().__init__(config)
         self.classifier = output_layer(config, config.hidden_size)
         self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer, which adapters leave alone."""
+        return self.classifier
 
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:

@@ -11,11 +11,12 @@ What a head's module may define, beside ``Config`` and ``scores``:
     adopted(config, vectors [V,d])             weight and parameters that continue another head's class vectors
     class_vectors(config, weight, **further)   one vector for each class [V,d], where they are not the weight
     block(config, hidden, weight, classes, **further)
-                                               scores of a slice of the classes, where a slice of the weight is no answer
+                                               scores of a slice of the classes, where that is no slice of the weight
     token_losses(config, hidden, weight, targets, **further, softcap)
                                                cross-entropy and log Z, where there is a way past the scores
     separable(config), ceiling(config, width, classes)
                                                as in ``methods.head``
+    usual(config, classes)                     the best probability among orthogonal classes, for similarities
     loss_floor(config, weight, **further)      the least loss, where it depends on more than the options
     NOISE = True                               ``scores`` takes ``training=`` and draws from torch's generator
 """
@@ -27,7 +28,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from methods import head as heads
@@ -98,7 +98,7 @@ class DistanceHead(nn.Linear):
     def token_losses(
         self, hidden: Tensor, targets: Tensor, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and log Z [N] of hidden states [N,d] where the head has a way of its own (``direct_losses``)."""
+        """Cross-entropy and log Z [N] of hidden states [N,d], of a head that has its own way to them."""
         if self.direct_losses is None:
             raise AssayError(f"head {self.head['name']} has no way to its losses but through the scores.")
         found: tuple[Tensor, Tensor] = self.direct_losses(
@@ -162,6 +162,12 @@ def loss_floor(component: Component, width: int, classes: int) -> float:
     else:
         ceiling = heads.ceiling(options, width, classes) if isinstance(options, heads.Harmonic) else 1.0
     return max(0.0, -math.log(ceiling))
+
+
+def usual_loss(component: Component, classes: int) -> float:
+    """The loss in nats of a similarity where every wrong class is orthogonal to the hidden state; 0 for other heads."""
+    module, options = build(component.name, component.options)
+    return -math.log(module.usual(options, classes)) if hasattr(module, "usual") else 0.0
 
 
 def loss_at(component: Component, width: int, classes: int, ratio: float) -> float:

@@ -98,22 +98,6 @@ def unused(config: Any, head: str, names: Iterable[str], owner: str) -> None:
         )
 
 
-def log_scores(
-    config: Harmonic, hidden: Tensor, weight: Tensor, squared: Callable[[Any, Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Scores [N,V] of hidden states [N,d] for class vectors [V,d], in float32 or wider.
-
-    ``squared(config, hidden, weight)`` gives the squared distances [N,V] with epsilon in them. Autocast is
-    switched off: an error of the distance is multiplied by n, and a bf16 product would cost whole nats.
-    """
-    import torch
-
-    with torch.autocast(hidden.device.type, enabled=False):
-        hidden, weight = widen(hidden), widen(weight)
-        distances = squared(config, hidden, weight)
-        return conventions(config, -power(config, hidden.shape[-1]) * safe_log(distances))
-
-
 def plain_scores(
     config: Harmonic,
     hidden: Tensor,
@@ -125,7 +109,8 @@ def plain_scores(
 ) -> Tensor:
     """Scores [N,V] from distances that are no squares, ``distance(hidden, weight)`` [N,V] without epsilon.
 
-    Autocast is switched off, as in ``log_scores``.
+    In float32 or wider. Autocast is switched off: an error of the distance is multiplied by n, and a bf16
+    difference would cost whole nats.
 
     Args:
         epsilon: what is added at last, where that is not ``config.epsilon``.

@@ -161,6 +161,11 @@ def spread(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return gradient.sum(dim=1), -gradient.sum(dim=0)
 
 
+def above(values: Tensor, limit: float) -> Tensor:
+    """1 where a value is above the limit, else 0: to multiply by, in a quarter of the time that a mask takes."""
+    return (values - limit).clamp_(min=0).sign_()
+
+
 # --- the sum of absolute differences, which several distances are made of ---------------------------------
 
 
@@ -177,28 +182,31 @@ def _pull_sums(hidden: Tensor, weight: Tensor, gradient: Tensor) -> tuple[Tensor
     return spread(differences(hidden, weight).sign_().mul_(gradient[..., None]))
 
 
-# --- bits: the one distance here that is a matrix product -------------------------------------------------
+# --- bits -------------------------------------------------------------------------------------------------
 
 
-def differing_bits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """``sum_k |a_ik - b_jk|`` [N,V] for entries of 0 and 1, with the derivative of the absolute value."""
-    result: Tensor = _Differing.apply(hidden, weight)
+def bits(vectors: Tensor, threshold: float, temperature: float, share: float = 1.0) -> Tensor:
+    """1 where an entry of ``vectors`` is above the threshold, else 0; straight-through.
+
+    The gradient is ``share`` of that of ``sigmoid(vectors / temperature)``.
+    """
+    result: Tensor = _Bits.apply(vectors, threshold, temperature, share)
     return result
 
 
-class _Differing(torch.autograd.Function):
-    """|a - b| is a + b - 2ab for bits, and its derivative by a, the sign of a - b, is a - b itself."""
+class _Bits(torch.autograd.Function):
+    """``bits``, without the rounding errors of writing it as ``hard + soft - soft.detach()``."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        result = torch.addmm(weight.sum(dim=1), hidden, weight.T, alpha=-2)
-        return result.add_(hidden.sum(dim=1, keepdim=True))
+    def forward(ctx: Any, vectors: Tensor, threshold: float, temperature: float, share: float) -> Tensor:
+        ctx.save_for_backward(vectors)
+        ctx.temperature, ctx.share = temperature, share
+        return (vectors > threshold).to(vectors.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, weight = ctx.saved_tensors
-        with torch.autocast(hidden.device.type, enabled=False):
-            to_hidden = hidden * gradient.sum(dim=1, keepdim=True) - gradient @ weight
-            return to_hidden, weight * gradient.sum(dim=0)[:, None] - gradient.T @ hidden
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (vectors,) = ctx.saved_tensors
+        smooth = (vectors / ctx.temperature).sigmoid_()
+        slope = smooth.sub_(smooth.square()).mul_(ctx.share / ctx.temperature)
+        return slope.mul_(gradient), None, None, None

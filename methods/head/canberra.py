@@ -133,17 +133,17 @@ def pull_fractions(
     hidden: Tensor, weight: Tensor, gradient: Tensor, added: float, least: float
 ) -> tuple[Tensor, Tensor]:
     """Derivative of ``fractions``: 1 / m by the difference and -a / m^2 by the size, m the denominator."""
-    from methods.head._blocks import differences
+    from methods.head._blocks import above, differences
 
     divisors = sizes(hidden, weight, added)
     # Most blocks have no denominator so small, and looking for one is cheaper than masking.
-    low = divisors < least if least and bool(divisors.amin() < least) else None
+    keep = above(divisors, least) if least and bool(divisors.amin() < least) else None
     inverse = divisors.clamp_(min=least).reciprocal_()
     difference = differences(hidden, weight)
     by_difference = difference.sign().mul_(inverse).mul_(gradient[..., None])
     by_size = difference.mul_(by_difference).mul_(inverse).neg_()
-    if low is not None:
-        by_size.masked_fill_(low, 0.0)
+    if keep is not None:
+        by_size.mul_(keep)
     return spread_sizes(hidden, weight, by_difference, by_size)
 
 

@@ -155,13 +155,15 @@ def pull_standardized(
 
 def by_standardized(values: Tensor, alpha: float | None) -> Tensor:
     """Derivative of D by the standardized differences ``values`` [n,v,d]."""
+    from methods.head._blocks import above
+
     if alpha is None:
         shares = values.softmax(dim=-1)
         centre = shares.mul(values).sum(dim=-1, keepdim=True)
         return shares.mul_(values + (1 - centre))
     terms = powers(values, alpha)
     terms.div_(terms.sum(dim=-1, keepdim=True))
-    return terms.masked_fill_(values > LARGEST_EXPONENT / alpha, 0.0)
+    return terms.mul_(above(-values, -LARGEST_EXPONENT / alpha))
 
 
 def powers(values: Tensor, alpha: float) -> Tensor:

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from methods.head._products import Curve
 
 USES = ("methods.head", "methods.head._products")
-# Norm below which a vector counts as having no direction; as in the official stable layer.
-SMALLEST_NORM = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,26 +59,24 @@ def ceiling(config: Config, width: int, classes: int) -> float:
 
 def squared_distance(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
     """``1 - cos + epsilon`` [N,V]: half the squared distance of the directions."""
-    from methods.head._products import Curve, full_precision
+    from methods.head._products import SMALLEST_NORM, Curve, full_precision
 
     with full_precision(hidden.device.type):
         hidden, weight = widen(hidden), widen(weight)
         if config.stable:
             return one_minus_cosine(hidden, weight, Curve(config.epsilon, logarithm=False))
         lengths = hidden.norm(dim=1, keepdim=True) * weight.norm(dim=1)
-        return (lengths_minus_product(hidden, weight) + config.epsilon) / (
-            lengths + config.epsilon
-        ) + config.epsilon
+        # With epsilon = 0 a vector of length 0 still has cosine 0 with all others.
+        guard = config.epsilon or SMALLEST_NORM
+        gaps = lengths_minus_product(hidden, weight)
+        return (gaps + guard) / (lengths + guard) + config.epsilon
 
 
 def one_minus_cosine(hidden: Tensor, weight: Tensor, curve: Curve) -> Tensor:
     """``f(1 - cos)`` [N,V] of vectors whose norms are floored at 1e-12."""
-    from torch.nn.functional import normalize
+    from methods.head._products import SMALLEST_NORM, directions, product
 
-    from methods.head._products import product
-
-    hidden, weight = normalize(hidden, dim=1, eps=SMALLEST_NORM), normalize(weight, dim=1, eps=SMALLEST_NORM)
-    return product(hidden, weight, hidden.new_ones(len(hidden)), weight.new_zeros(len(weight)), -1.0, curve)
+    return product(directions(hidden, SMALLEST_NORM), directions(weight, SMALLEST_NORM), 1.0, -1.0, curve)
 
 
 def lengths_minus_product(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -91,5 +87,4 @@ def lengths_minus_product(hidden: Tensor, weight: Tensor) -> Tensor:
 
     left = torch.cat([hidden, -hidden.norm(dim=1, keepdim=True)], dim=1)
     right = torch.cat([weight, weight.norm(dim=1, keepdim=True)], dim=1)
-    none = hidden.new_zeros(len(hidden)), weight.new_zeros(len(weight))
-    return product(left, right, *none, -1.0, Curve(0.0, logarithm=False))
+    return product(left, right, 0.0, -1.0, Curve(0.0, logarithm=False))

@@ -9,9 +9,11 @@ with three heads that raise nothing to a power:
 
     p_ij = s_ij / sum_k s_ik
 
-None of these can be confident about a vocabulary. Where the other V - 1 classes are orthogonal to the hidden state, the
-right one gets at most 2 / (V + 1), e^(1/T) / (e^(1/T) + V - 1) and about 1.46 / (V + 0.46): with 50,304 tokens the loss
-cannot fall below 10.1, 9.8 (T = 1; 1.2 for T = 0.1) and 10.4 nats, while a guess costs 10.8. Gradients of such a head
+None of these is easily confident about a vocabulary. Where the other V - 1 classes are orthogonal to the hidden state,
+the right one gets at most 2 / (V + 1), e^(1/T) / (e^(1/T) + V - 1) and about 1.46 / (V + 0.46): with 50,304 tokens that
+is a loss of 10.1, 9.8 (T = 1; 1.2 for T = 0.1) and 10.4 nats, while a guess costs 10.8. Below that gets only a model
+that turns the hidden state *away* from all other class vectors (a small one does); with all of them opposite, which
+is the bound, the right class gets 1, 1 / (1 + (V - 1) e^(-2/T)) and about 2.72 / (V + 1.72). Gradients of such a head
 are small and steady for that reason alone.
 
 The official models clamp s at 1e-8 and spread 0.01 over the classes (``floor=1e-8, smoothing=0.01``).
@@ -30,7 +32,7 @@ from methods.head import smoothed, unused, widen
 if TYPE_CHECKING:
     from torch import Tensor
 
-USES = ("methods.head", "methods.head._products", "methods.head.cosine")
+USES = ("methods.head", "methods.head._products")
 # Keeps the quotient of "sigmoid" finite; as in the official code.
 SMALLEST_LENGTHS = 1e-8
 # T where none was chosen: no scaling.
@@ -71,19 +73,17 @@ def scores(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
 
 def logarithms(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
     """log s [N,V], and of a softmax what stands in its exponent."""
-    from torch.nn.functional import logsigmoid, normalize
+    from torch.nn.functional import logsigmoid
 
-    from methods.head._products import Curve, product
-    from methods.head.cosine import SMALLEST_NORM
+    from methods.head._products import SMALLEST_NORM, Curve, directions, product
 
     if config.variant == "sigmoid":
         lengths = hidden.abs().sum(dim=1, keepdim=True) * weight.abs().sum(dim=1)
         return logsigmoid(hidden @ weight.T / (lengths + SMALLEST_LENGTHS))
-    hidden, weight = (normalize(vectors, dim=1, eps=SMALLEST_NORM) for vectors in (hidden, weight))
+    hidden, weight = directions(hidden, SMALLEST_NORM), directions(weight, SMALLEST_NORM)
     if config.variant == "softmax":
         return (hidden / temperature(config)) @ weight.T
-    halves, nothing = hidden.new_full((len(hidden),), 0.5), weight.new_zeros(len(weight))
-    return product(hidden, weight, halves, nothing, 0.5, Curve(0.0, power=-1.0))
+    return product(hidden, weight, 0.5, 0.5, Curve(0.0, power=-1.0))
 
 
 def separable(config: Config) -> bool:
@@ -92,10 +92,30 @@ def separable(config: Config) -> bool:
 
 
 def ceiling(config: Config, width: int, classes: int) -> float:
-    """The best probability where all other classes are orthogonal to the hidden state."""
-    best = {"half": 2.0, "softmax": math.exp(1 / temperature(config)), "sigmoid": 2 / (1 + math.exp(-1))}
-    probability = best[config.variant] / (best[config.variant] + classes - 1)
+    """The best probability: all other classes opposite to the hidden state, at similarity -1."""
+    return _probability(config, classes, -1.0)
+
+
+def usual(config: Config, classes: int) -> float:
+    """The best probability where all other classes are orthogonal to the hidden state, as directions mostly are."""
+    return _probability(config, classes, 0.0)
+
+
+def _probability(config: Config, classes: int, others: float) -> float:
+    """That of a class at similarity 1, the others at similarity ``others``."""
+    own, other = _score(config, 1.0), max(_score(config, others), config.floor)
+    probability = own / (own + (classes - 1) * other)
     return (probability + config.smoothing / classes) / (1 + config.smoothing)
+
+
+def _score(config: Config, similarity: float) -> float:
+    """s, but for a factor of a row, at a cosine or (``sigmoid``) the quotient that stands for one."""
+    if config.variant == "half":
+        return (1 + similarity) / 2
+    if config.variant == "softmax":
+        # Relative to similarity 1: a small temperature would leave the range of numbers.
+        return math.exp((similarity - 1) / temperature(config))
+    return 1 / (1 + math.exp(-similarity))
 
 
 def temperature(config: Config) -> float:

@@ -40,11 +40,11 @@ class Config(Harmonic):
 
 def scores(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
     """Log-space scores [N,V] of hidden states [N,d] for class vectors [V,d]: ``-n log s``."""
-    from methods.head._products import Curve, full_precision, squared_euclidean
+    from methods.head._products import Curve, full_precision, quadratic
 
     curve = Curve(config.epsilon, power(config, hidden.shape[-1]))
     with full_precision(hidden.device.type):
-        return conventions(config, squared_euclidean(widen(hidden), widen(weight), curve))
+        return conventions(config, quadratic(widen(hidden), widen(weight), curve))
 
 
 def squared_distance(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def squared_distance(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
 
     What is left of its cancellation may be below zero, where a power of n is not a number: there s is epsilon.
     """
-    from methods.head._products import Curve, full_precision, squared_euclidean
+    from methods.head._products import Curve, full_precision, quadratic
 
     with full_precision(hidden.device.type):
-        return squared_euclidean(widen(hidden), widen(weight), Curve(config.epsilon, logarithm=False))
+        return quadratic(widen(hidden), widen(weight), Curve(config.epsilon, logarithm=False))

@@ -30,13 +30,25 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Gt
 
 import methods.head
-from methods.head import Layer, bounded_ratio, plain_scores, unused
+from methods.head import (
+    Layer,
+    absolute,
+    bounded_ratio,
+    conventions,
+    plain_scores,
+    power,
+    relative,
+    unused,
+    widen,
+)
 from methods.stage import AssayError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-USES = ("methods.head", "methods.head._blocks")
+    from methods.head._products import Curve
+
+USES = ("methods.head", "methods.head._blocks", "methods.head._products")
 # The official temperatures of the variants.
 TEMPERATURES = {"soft": 1.0, "gumbel": 0.5, "hard": 0.1}
 # Where a coordinate turns from 0 to 1.
@@ -73,10 +85,24 @@ class Config(Layer):
 
 def scores(config: Config, hidden: Tensor, weight: Tensor, training: bool = False) -> Tensor:
     """Log-space scores [N,V] of hidden states [N,d] for class vectors [V,d]: ``-n log D``."""
+    if counted(config) and not relative(config):
+        return counted_scores(config, hidden, weight)
     divisor = farthest if config.impl == "vision" and config.variant == "soft" else None
     return plain_scores(
         config, hidden, weight, lambda x, w: distance(config, x, w, training=training), unit=divisor
     )
+
+
+def counted_scores(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
+    """``scores`` with the logarithm taken where the product is: no slower than a linear head."""
+    import torch
+
+    from methods.head._products import Curve
+
+    curve = Curve(config.epsilon, 2 * power(config, hidden.shape[-1]))
+    with torch.autocast(hidden.device.type, enabled=False):
+        values = differing(config, widen(hidden), widen(weight), curve)
+        return conventions(config, values, absolute=absolute(config))
 
 
 def separable(config: Config) -> bool:
@@ -96,11 +122,13 @@ def farthest(distances: Tensor) -> Tensor:
 
 def distance(config: Config, hidden: Tensor, weight: Tensor, *, training: bool = False) -> Tensor:
     """The numbers of differing coordinates [N,V], or what stands for them."""
-    from methods.head._blocks import differing_bits, manhattan
+    from methods.head._blocks import manhattan
+    from methods.head._products import Curve
 
+    if counted(config):
+        return differing(config, hidden, weight, Curve(0.0, logarithm=False))
     if config.variant == "hard" and config.impl == "vision":
-        count = manhattan if config.straight_through == "official" else differing_bits
-        return count(bits(config, hidden), bits(config, weight))
+        return manhattan(rounded_bits(config, hidden), rounded_bits(config, weight))
     if config.variant == "gumbel" and training:
         hidden, weight = hidden + gumbel(hidden), weight + gumbel(weight)
     return manhattan(soft(config, hidden), soft(config, weight))
@@ -123,13 +151,29 @@ def threshold(config: Config) -> float:
     return THRESHOLD if config.threshold is None else config.threshold
 
 
-def bits(config: Config, vectors: Tensor) -> Tensor:
-    """Vectors [M,d] of 0 and 1 with the gradient of a sigmoid (a straight-through estimate)."""
+def counted(config: Config) -> bool:
+    """Whether there are exact bits to be counted."""
+    return config.variant == "hard" and config.impl == "vision" and config.straight_through == "exact"
+
+
+def differing(config: Config, hidden: Tensor, weight: Tensor, curve: Curve) -> Tensor:
+    """``f(sum_k |a_k - b_k|)`` [N,V] for the bits a of x and b of w.
+
+    As the sum of squares, which is the same number, with half the gradient at the bits: that of the absolute
+    value, (a - b) and so 0 where bits agree.
+    """
+    from methods.head._blocks import bits
+    from methods.head._products import quadratic
+
+    settings = threshold(config), temperature(config)
+    first, second = (bits(part, *settings, share=0.5) for part in (hidden, weight))
+    return quadratic(first, second, curve, move=False)
+
+
+def rounded_bits(config: Config, vectors: Tensor) -> Tensor:
+    """The official code's bits [M,d], rounding errors and all."""
     smooth = (vectors / temperature(config)).sigmoid()
-    hard = (vectors > threshold(config)).to(vectors.dtype)
-    if config.straight_through == "official":
-        return hard + smooth - smooth.detach()
-    return hard + (smooth - smooth.detach())
+    return (vectors > threshold(config)).to(vectors.dtype) + smooth - smooth.detach()
 
 
 def gumbel(vectors: Tensor) -> Tensor:

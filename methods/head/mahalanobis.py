@@ -40,8 +40,6 @@ from methods.head import Layer, absolute, conventions, plain_scores, power, rela
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from methods.head._products import Curve
-
 USES = ("methods.head", "methods.head._products")
 # lambda of the standard form in all official code.
 REGULARIZATION = 0.01
@@ -82,30 +80,27 @@ def parameters(config: Config, weight: Tensor) -> dict[str, Tensor]:
 
 def scores(config: Config, hidden: Tensor, weight: Tensor, **further: Tensor) -> Tensor:
     """Log-space scores [N,V] of hidden states [N,d] for class vectors [V,d]: ``-n log D``."""
-    from methods.head._products import Curve, full_precision
+    from methods.head._products import Curve, full_precision, quadratic
 
     (parameter,) = further.values()
-    inside, definite = config.epsilon, config.variant != "standard"
     with full_precision(hidden.device.type):
+        hidden, weight = widen(hidden), widen(weight)
+        matrix = precision(config, widen(parameter).to(hidden.dtype))
+        definite = config.variant != "standard" or is_definite(matrix)
         if relative(config):
-            curve = Curve(inside, root=True, logarithm=False, definite=definite)
-            return plain_scores(config, hidden, weight, lambda x, w: form(config, x, w, parameter, curve))
+            curve = Curve(config.epsilon, root=True, logarithm=False, definite=definite)
+            return plain_scores(config, hidden, weight, lambda x, w: quadratic(x, w, curve, matrix))
         exponent = 2 * power(config, hidden.shape[-1])
-        curve = Curve(inside, exponent, root=True, outside=config.epsilon, definite=definite)
-        found = form(config, widen(hidden), widen(weight), parameter, curve)
+        curve = Curve(config.epsilon, exponent, root=True, outside=config.epsilon, definite=definite)
+        found = quadratic(hidden, weight, curve, matrix)
         return conventions(config, found, absolute=absolute(config))
 
 
-def form(config: Config, hidden: Tensor, weight: Tensor, parameter: Tensor, curve: Curve) -> Tensor:
-    """``f((x - w)^T P (x - w))`` [N,V]."""
-    from methods.head._products import centred, product
+def is_definite(matrix: Tensor) -> bool:
+    """Whether P [d,d] is positive definite, so that a negative form is nothing but rounding."""
+    import torch
 
-    hidden, weight = centred(hidden, weight)
-    matrix = precision(config, widen(parameter).to(hidden.dtype))
-    moved, images = (
-        vectors * matrix if matrix.dim() == 1 else vectors @ matrix for vectors in (hidden, weight)
-    )
-    return product(moved, weight, (moved * hidden).sum(dim=1), (images * weight).sum(dim=1), -2.0, curve)
+    return int(torch.linalg.cholesky_ex(matrix.detach()).info) == 0
 
 
 def precision(config: Config, parameter: Tensor) -> Tensor:

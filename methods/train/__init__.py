@@ -30,13 +30,20 @@ REVISION = 1
 
 
 def run(stage: Stage, method: ModuleType) -> None:
-    """Read the rows, load the model, give it its head and train it with the method's loss."""
+    """Read the rows, load the model, give it its head and train it with the method's loss.
+
+    ``loss_floor_nats`` in the notes is the least mean cross entropy that the head can reach.
+    """
     from methods import loop
+    from methods.architectures import output_layer
 
     config = stage.config
     parts = _parts(stage)
     fresh = getattr(config, "start", "parent") == "random"
     model = loop.prepare(stage, config, head=getattr(config, "head", None), fresh=fresh)
+    layer = output_layer(model)
+    if hasattr(layer, "loss_floor"):
+        stage.notes["loss_floor_nats"] = layer.loss_floor()
     if _classifies(stage):
         parts["train"].check_model(model, config.data)
     parts = _hook(method, "prepare", config, model, stage, parts) or parts

@@ -44,6 +44,8 @@ SEEDED = True
 TASKS = ("classification",)
 USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms", "methods.loss")
 CLAIMS: tuple[Claim, ...] = ()
+# Enough cases in a batch of a smoke run for a loss that needs all classes of them.
+SMOKE = {"batch": 64}
 
 
 @dataclass(frozen=True, kw_only=True)
