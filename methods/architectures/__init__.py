@@ -210,7 +210,8 @@ def block_scores(layer: Any, hidden: Tensor, classes: slice) -> Tensor:
             f"the output layer is a {type(layer).__name__}, whose classes cannot be scored in slices: leave it out of "
             "the adapter's targets, or use loss=cross_entropy."
         )
-    bias = None if layer.bias is None else layer.bias[classes]
+    bias: Any = layer.bias
+    bias = None if bias is None else bias[classes]
     return widen(linear(hidden.to(layer.weight.dtype), layer.weight[classes], bias))
 
 

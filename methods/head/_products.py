@@ -143,25 +143,44 @@ class _Quadratic(torch.autograd.Function):
         """dx [N,d], dw [V,d] and dP."""
         hidden, weight, values, *kept = ctx.saved_tensors
         matrix, moved, images = kept or (None, hidden, weight)
-        rows, columns = hidden.new_empty(len(hidden)), hidden.new_zeros(len(weight))
-        pulls, scale = torch.empty_like(hidden), ctx.curve.scale
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        sums = _Sums(hidden, weight, ctx.needs_input_grad[1])
         with full_precision(hidden.device.type):
             for tokens, part in _pulls(values, gradient, ctx.curve):
-                torch.mm(part, weight, out=pulls[tokens])
-                torch.sum(part, 1, out=rows[tokens])
-                columns += part.sum(0)
-                if d_weight is not None:
-                    d_weight.addmm_(part.T, moved[tokens], alpha=-2 * scale)
-            rows, columns, pulls = (found.mul_(scale) for found in (rows, columns, pulls))
-            d_hidden = (rows[:, None] * moved).sub_(_times(pulls, matrix)).mul_(2)
-            d_matrix = _mixed(hidden, rows, pulls, matrix) if ctx.needs_input_grad[2] else None
+                sums.add(part, tokens, weight, moved[tokens])
+            sums.scale_(ctx.curve.scale)
+            d_hidden = (sums.rows[:, None] * moved).sub_(_times(sums.pulls, matrix)).mul_(2)
+            d_matrix = None
+            if matrix is not None and ctx.needs_input_grad[2]:
+                d_matrix = _mixed(hidden, sums.rows, sums.pulls, matrix)
             for some in blocks(weight, CHUNK):
-                if d_weight is not None:
-                    d_weight[some].addcmul_(images[some], columns[some, None], value=2)
+                if sums.weight is not None:
+                    sums.weight[some].addcmul_(images[some], sums.columns[some, None])
                 if d_matrix is not None:
-                    _add_squares_(d_matrix, weight[some], columns[some])
-        return d_hidden, d_weight, d_matrix, None
+                    _add_squares_(d_matrix, weight[some], sums.columns[some])
+        return d_hidden, None if sums.weight is None else sums.weight.mul_(2), d_matrix, None
+
+
+class _Sums:
+    """``A 1`` [N], ``A^T 1`` [V], ``A w`` [N,d] and, where wanted, ``-A^T x P`` [V,d]."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, wanted: bool) -> None:
+        self.rows, self.columns = hidden.new_empty(len(hidden)), hidden.new_zeros(len(weight))
+        self.pulls = torch.empty_like(hidden)
+        self.weight = torch.zeros_like(weight) if wanted else None
+
+    def add(self, part: Tensor, tokens: slice, weight: Tensor, moved: Tensor) -> None:
+        """Take in the rows A [n,V] of some tokens, whose ``x P`` are ``moved`` [n,d]."""
+        torch.mm(part, weight, out=self.pulls[tokens])
+        torch.sum(part, 1, out=self.rows[tokens])
+        self.columns += part.sum(0)
+        if self.weight is not None:
+            self.weight.addmm_(part.T, moved, alpha=-1)
+
+    def scale_(self, scale: float) -> None:
+        """Multiply everything."""
+        for found in (self.rows, self.columns, self.pulls, self.weight):
+            if found is not None:
+                found.mul_(scale)
 
 
 def _images(vectors: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -273,29 +292,28 @@ def quadratic(
     return result
 
 
-def directions(vectors: Tensor, smallest: float) -> Tensor:
-    """Vectors [M,d] of length 1, or shorter where they were shorter than ``smallest``."""
-    result: Tensor = _Directions.apply(vectors, smallest)
+def directions(vectors: Tensor) -> Tensor:
+    """Vectors [M,d] of length 1, or shorter where they have next to none."""
+    result: Tensor = _Directions.apply(vectors)
     return result
 
 
 class _Directions(torch.autograd.Function):
-    """``v / max(|v|, smallest)``, with a gradient of two passes over the vectors where autograd makes seven."""
+    """``v / max(|v|, 1e-12)``, with a gradient of two passes over the vectors where autograd makes seven."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, smallest: float) -> Tensor:
+    def forward(ctx: Any, vectors: Tensor) -> Tensor:
         """Vectors [M,d]."""
         lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-        ctx.none = lengths <= smallest
-        lengths.clamp_(min=smallest)
-        units = vectors / lengths
+        ctx.none = lengths <= SMALLEST_NORM
+        units = vectors / lengths.clamp_(min=SMALLEST_NORM)
         ctx.save_for_backward(units, lengths)
         return units
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         """What of the gradient is across the vector, over its length."""
         units, lengths = ctx.saved_tensors
         along = (gradient * units).sum(dim=1, keepdim=True).masked_fill_(ctx.none, 0.0)
-        return torch.addcmul(gradient, units, along, value=-1).div_(lengths), None
+        return torch.addcmul(gradient, units, along, value=-1).div_(lengths)

@@ -74,9 +74,9 @@ def squared_distance(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
 
 def one_minus_cosine(hidden: Tensor, weight: Tensor, curve: Curve) -> Tensor:
     """``f(1 - cos)`` [N,V] of vectors whose norms are floored at 1e-12."""
-    from methods.head._products import SMALLEST_NORM, directions, product
+    from methods.head._products import directions, product
 
-    return product(directions(hidden, SMALLEST_NORM), directions(weight, SMALLEST_NORM), 1.0, -1.0, curve)
+    return product(directions(hidden), directions(weight), 1.0, -1.0, curve)
 
 
 def lengths_minus_product(hidden: Tensor, weight: Tensor) -> Tensor:

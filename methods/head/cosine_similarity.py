@@ -75,12 +75,12 @@ def logarithms(config: Config, hidden: Tensor, weight: Tensor) -> Tensor:
     """log s [N,V], and of a softmax what stands in its exponent."""
     from torch.nn.functional import logsigmoid
 
-    from methods.head._products import SMALLEST_NORM, Curve, directions, product
+    from methods.head._products import Curve, directions, product
 
     if config.variant == "sigmoid":
         lengths = hidden.abs().sum(dim=1, keepdim=True) * weight.abs().sum(dim=1)
         return logsigmoid(hidden @ weight.T / (lengths + SMALLEST_LENGTHS))
-    hidden, weight = directions(hidden, SMALLEST_NORM), directions(weight, SMALLEST_NORM)
+    hidden, weight = directions(hidden), directions(weight)
     if config.variant == "softmax":
         return (hidden / temperature(config)) @ weight.T
     return product(hidden, weight, 0.5, 0.5, Curve(0.0, power=-1.0))

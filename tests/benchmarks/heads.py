@@ -42,7 +42,7 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Subject:
-    """A head with options; a matrix product or, with the number of its formula, in blocks."""
+    """A head with options; a matrix product or in blocks."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
