@@ -226,13 +226,29 @@ def prepare(
 
         model = with_head(model, head)
     if settings.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise AssayError(
+                f"gradient_checkpointing=True: a {type(model).__name__} cannot compute activations twice; leave it out."
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.adapter is not None:
         adapter, options = component("adapter", settings.adapter)
         model = adapter.attach(options, model, stage.seed)
+        _refuse_adapted_head(model)
     if hasattr(model.config, "use_cache"):
         model.register_forward_pre_hook(_without_cache, with_kwargs=True)
     return accelerator.prepare_model(model.train(), evaluation_mode=True)
+
+
+def _refuse_adapted_head(model: Any) -> None:
+    """An adapter adds a product to a layer's answer: behind a distance head that would be logits of no distance."""
+    from methods.architectures import output_layer
+    from methods.architectures.distance_head import DistanceHead
+
+    if isinstance(getattr(output_layer(model), "base_layer", None), DistanceHead):
+        raise AssayError(
+            "the adapter's targets name a distance head, which has no product to adapt: leave it out."
+        )
 
 
 def _drawn_anew(model: Any, seed: int, keep_zeros: bool) -> Any:

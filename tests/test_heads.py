@@ -276,6 +276,15 @@ def test_a_score_that_depends_on_the_other_classes_is_not_given_for_a_slice() ->
             layer.block(torch.ones(2, 6), slice(0, 3))
 
 
+@pytest.mark.parametrize(("head", "options"), DISTANCES)
+def test_no_hidden_states_give_no_scores_and_a_gradient_of_zero(head: Any, options: dict[str, Any]) -> None:
+    hidden, weight = points(0, 9, 6)
+    scores = scored(head, head.Config(**options), hidden, weight.requires_grad_())
+    assert scores.shape == (0, 9)
+    (gradient,) = torch.autograd.grad(scores.sum(), weight)
+    assert not gradient.any()
+
+
 # --- numerics -------------------------------------------------------------------------------------------
 
 

@@ -799,3 +799,29 @@ def test_every_component_of_the_loop_is_found() -> None:
 def test_the_stand_ins_of_these_tests_are_enough() -> None:
     assert len(Rows().rows("first")) < len(Rows().rows("all")) == len(ROWS)
     assert Progress(Path("nowhere"), 0).load() is None
+
+
+# --- what cannot be trained -------------------------------------------------------------------------------------
+
+
+def test_an_adapter_behind_a_distance_head_is_refused(parent: Path, tmp_path: Path) -> None:
+    adapter = Component("lora", {"rank": 2, "alpha": 2, "targets": ("lm_head",)})
+    with pytest.raises(AssayError, match="targets name a distance head"):
+        finetune(parent, tmp_path, head=Component("euclidean", {"exponent": 4.0}), adapter=adapter)
+
+
+def test_a_model_starts_from_new_weights_where_asked_for_and_keeps_its_zeros(
+    sparse: Path, tmp_path: Path
+) -> None:
+    kept = weights_of(finetune(sparse, tmp_path / "kept", steps=1).folder / "model")
+    fresh = [
+        weights_of(finetune(sparse, tmp_path / str(seed), steps=1, start="random").folder / "model")
+        for seed in (1, 2)
+    ]
+    assert same(*fresh)
+    before = weights_of(sparse)
+    zeros = {name: weight == 0 for name, weight in before.items() if "proj" in name}
+    assert all(bool((fresh[0][name][mask] == 0).all()) for name, mask in zeros.items())
+    # A step of 1e-2 moves trained weights a little; new ones have nothing to do with the old.
+    moved = {name: float((weights[name] - before[name]).abs().max()) for weights in (kept,) for name in zeros}
+    assert all(float((fresh[0][name] - before[name]).abs().max()) > 2 * moved[name] for name in zeros)

@@ -334,6 +334,8 @@ def layer_of(
     config = catalogue().component("head", head).load().Config
     if "exponent" in {field.name for field in fields(config)}:
         options = {"exponent": 2.0, **options}
+    if head == "vq_logits":
+        options = {"codes": 4, **options}
     return DistanceHead(width, classes, configure(Component(head, options))).to(dtype)
 
 

@@ -114,13 +114,13 @@ class _Product(torch.autograd.Function):
         hidden, weight, values = ctx.saved_tensors
         factor = ctx.factor * ctx.curve.scale
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_weight = _filled_later(weight, len(hidden)) if ctx.needs_input_grad[1] else None
         with full_precision(hidden.device.type):
             for tokens, part in _pulls(values, gradient, ctx.curve):
                 if d_hidden is not None:
                     torch.mm(part, weight, out=d_hidden[tokens]).mul_(factor)
                 if d_weight is not None:
-                    d_weight.addmm_(part.T, hidden[tokens], alpha=factor)
+                    d_weight.addmm_(part.T, hidden[tokens], alpha=factor, beta=float(tokens.start > 0))
         return d_hidden, d_weight, None, None, None
 
 
@@ -143,44 +143,49 @@ class _Quadratic(torch.autograd.Function):
         """dx [N,d], dw [V,d] and dP."""
         hidden, weight, values, *kept = ctx.saved_tensors
         matrix, moved, images = kept or (None, hidden, weight)
-        sums = _Sums(hidden, weight, ctx.needs_input_grad[1])
+        sums = _Sums(hidden, weight, ctx.curve.scale, ctx.needs_input_grad[1])
         with full_precision(hidden.device.type):
             for tokens, part in _pulls(values, gradient, ctx.curve):
                 sums.add(part, tokens, weight, moved[tokens])
-            sums.scale_(ctx.curve.scale)
+            sums.finish()
             d_hidden = (sums.rows[:, None] * moved).sub_(_times(sums.pulls, matrix)).mul_(2)
             d_matrix = None
             if matrix is not None and ctx.needs_input_grad[2]:
                 d_matrix = _mixed(hidden, sums.rows, sums.pulls, matrix)
             for some in blocks(weight, CHUNK):
                 if sums.weight is not None:
-                    sums.weight[some].addcmul_(images[some], sums.columns[some, None])
+                    sums.weight[some].addcmul_(images[some], sums.columns[some, None], value=2)
                 if d_matrix is not None:
                     _add_squares_(d_matrix, weight[some], sums.columns[some])
-        return d_hidden, None if sums.weight is None else sums.weight.mul_(2), d_matrix, None
+        return d_hidden, sums.weight, d_matrix, None
 
 
 class _Sums:
-    """``A 1`` [N], ``A^T 1`` [V], ``A w`` [N,d] and, where wanted, ``-A^T x P`` [V,d]."""
+    """``A 1`` [N], ``A^T 1`` [V], ``A w`` [N,d] and, where wanted, ``-2 A^T x P`` [V,d]."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, wanted: bool) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, scale: float, wanted: bool) -> None:
+        self.scale = scale
         self.rows, self.columns = hidden.new_empty(len(hidden)), hidden.new_zeros(len(weight))
         self.pulls = torch.empty_like(hidden)
-        self.weight = torch.zeros_like(weight) if wanted else None
+        self.weight = _filled_later(weight, len(hidden)) if wanted else None
 
     def add(self, part: Tensor, tokens: slice, weight: Tensor, moved: Tensor) -> None:
-        """Take in the rows A [n,V] of some tokens, whose ``x P`` are ``moved`` [n,d]."""
+        """Take in the rows A / scale [n,V] of some tokens, whose ``x P`` are ``moved`` [n,d]."""
         torch.mm(part, weight, out=self.pulls[tokens])
         torch.sum(part, 1, out=self.rows[tokens])
         self.columns += part.sum(0)
         if self.weight is not None:
-            self.weight.addmm_(part.T, moved, alpha=-1)
+            self.weight.addmm_(part.T, moved, alpha=-2 * self.scale, beta=float(tokens.start > 0))
 
-    def scale_(self, scale: float) -> None:
-        """Multiply everything."""
-        for found in (self.rows, self.columns, self.pulls, self.weight):
-            if found is not None:
-                found.mul_(scale)
+    def finish(self) -> None:
+        """Multiply what does not hold the scale yet."""
+        for found in (self.rows, self.columns, self.pulls):
+            found.mul_(self.scale)
+
+
+def _filled_later(like: Tensor, rows: int) -> Tensor:
+    """Memory that the first block writes and the others add to; zeros where there is no block."""
+    return torch.empty_like(like) if rows else torch.zeros_like(like)
 
 
 def _images(vectors: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -190,7 +195,7 @@ def _images(vectors: Tensor, matrix: Tensor | None) -> tuple[Tensor, Tensor]:
         return vectors, torch.bmm(vectors[:, None], vectors[:, :, None]).flatten()
     images, forms = torch.empty_like(vectors), vectors.new_empty(len(vectors))
     for some in blocks(vectors, CHUNK):
-        images[some] = _times(vectors[some], matrix)
+        (torch.mul if matrix.dim() == 1 else torch.mm)(vectors[some], matrix, out=images[some])
         torch.sum(images[some] * vectors[some], 1, out=forms[some])
     return images, forms
 

@@ -8,15 +8,34 @@ tells apart. ``SMOKE`` in a builder's file holds the largest values of its optio
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from methods.stage import AssayError, Stage
+from methods.stage import AssayError, Dataset, Stage
 
 if TYPE_CHECKING:
     from methods.data import CaseTable
 
 REVISION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewClassifier:
+    """Options of every new classifier."""
+
+    # Data set whose inputs it takes and whose classes it tells apart.
+    data: Dataset
+    # Whether a linear output layer has a bias; one that shares the embedding's vectors has none.
+    output_bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewNetwork(NewClassifier):
+    """Options of the classifiers that start as torch starts their layers."""
+
+    # How the class vectors start: as nn.Linear does (uniform up to 1/sqrt(d)), or drawn from N(0, 1/d).
+    class_vectors: Literal["linear", "normal"] = "linear"
 
 
 def run(stage: Stage, method: ModuleType) -> None:
@@ -25,17 +44,14 @@ def run(stage: Stage, method: ModuleType) -> None:
 
 
 def write_language_model(stage: Stage, make: Callable[[Any], Any]) -> None:
-    """Write a tokenizer as the stage's options ask for it, the model made for it, and how it is spoken to.
-
-    ``make`` is given the tokenizer and draws weights from the global generator: the stage's seed, left as it was.
-    """
+    """Write the tokenizer that the options ask for, the model that ``make`` makes for it, and how it is spoken to."""
     from methods import checkpoint
     from methods.data import Style, train_tokenizer
 
     config, folder = stage.config, stage.folder / "model"
     tokenizer = train_tokenizer(stage.data, (config.tokenizer,), config.vocabulary)
     tokenizer.model_max_length = config.context_tokens
-    checkpoint.save_model(drawn(stage.seed, lambda: make(tokenizer)), folder, None, dtype="float32")
+    checkpoint.save_model(make(tokenizer), folder, None, dtype="float32")
     tokenizer.save_pretrained(folder)
     Style().write(folder)
 

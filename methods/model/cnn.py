@@ -8,12 +8,12 @@ each layer; all start as torch starts them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Gt
 
-from methods.model import image_shape, write_classifier
-from methods.stage import Claim, Dataset, Stage
+from methods.model import NewNetwork, image_shape, write_classifier
+from methods.stage import Claim, Stage
 
 SEEDED = True
 TASKS = ("classification",)
@@ -22,19 +22,13 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(NewNetwork):
     """Options of a new CNN."""
 
-    # Data set whose images it takes and whose classes it tells apart.
-    data: Dataset
     # Channels of each convolution.
     channels: tuple[Annotated[int, Gt(0)], ...] = (16, 32)
     # Width of the hidden layer that the output layer reads.
     hidden: Annotated[int, Gt(0)] = 64
-    # Whether a linear output layer has a bias.
-    output_bias: bool = True
-    # How the class vectors start: as nn.Linear does (uniform up to 1/sqrt(d)), or drawn from N(0, 1/d).
-    class_vectors: Literal["linear", "normal"] = "linear"
 
 
 def build(config: Config, stage: Stage) -> None:

@@ -55,12 +55,14 @@ def build(config: Config, stage: Stage) -> None:
     """Write the model, its tokenizer and the way it is spoken to."""
     from methods.model import write_language_model
 
-    write_language_model(stage, lambda tokenizer: initial(config, tokenizer))
+    write_language_model(stage, lambda tokenizer: initial(config, tokenizer, stage.seed))
 
 
-def initial(config: Config, tokenizer: Any) -> PreTrainedModel:
-    """The float32 model, with weights from the global generator."""
+def initial(config: Config, tokenizer: Any, seed: int) -> PreTrainedModel:
+    """The float32 model with weights drawn from ``seed``; the global generator is left as it was."""
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    from methods.model import drawn
 
     layout = GPT2Config(
         vocab_size=len(tokenizer),
@@ -77,4 +79,5 @@ def initial(config: Config, tokenizer: Any) -> PreTrainedModel:
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    return GPT2LMHeadModel(layout)
+    model: PreTrainedModel = drawn(seed, lambda: GPT2LMHeadModel(layout))
+    return model

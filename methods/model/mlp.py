@@ -9,12 +9,12 @@ class vectors start from N(0, 1/d): ``hidden=(), class_vectors="normal"``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Gt
 
-from methods.model import image_shape, write_classifier
-from methods.stage import Claim, Dataset, Stage
+from methods.model import NewNetwork, image_shape, write_classifier
+from methods.stage import Claim, Stage
 
 SEEDED = True
 TASKS = ("classification",)
@@ -23,17 +23,11 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(NewNetwork):
     """Options of a new image MLP."""
 
-    # Data set whose images it takes and whose classes it tells apart.
-    data: Dataset
     # Width of each hidden layer.
     hidden: tuple[Annotated[int, Gt(0)], ...] = (64, 32)
-    # Whether a linear output layer has a bias.
-    output_bias: bool = True
-    # How the class vectors start: as nn.Linear does (uniform up to 1/sqrt(d)), or drawn from N(0, 1/d).
-    class_vectors: Literal["linear", "normal"] = "linear"
 
 
 def build(config: Config, stage: Stage) -> None:

@@ -59,22 +59,16 @@ class Config:
 
 def build(config: Config, stage: Stage) -> None:
     """Write the model, its tokenizer and the way it is spoken to."""
-    from methods import checkpoint
-    from methods.data import Style, train_tokenizer
+    from methods.model import write_language_model
 
-    folder = stage.folder / "model"
-    tokenizer = train_tokenizer(stage.data, (config.tokenizer,), config.vocabulary)
-    tokenizer.model_max_length = config.context_tokens
-    model = initial(config, tokenizer, stage.seed)
-    checkpoint.save_model(model, folder, None, dtype="float32")
-    tokenizer.save_pretrained(folder)
-    Style().write(folder)
+    write_language_model(stage, lambda tokenizer: initial(config, tokenizer, stage.seed))
 
 
 def initial(config: Config, tokenizer: Any, seed: int) -> PreTrainedModel:
     """The float32 model with weights drawn from ``seed``; the global generator is left as it was."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from methods.model import drawn
 
     layout = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -90,6 +84,5 @@ def initial(config: Config, tokenizer: Any, seed: int) -> PreTrainedModel:
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(layout)
+    model: PreTrainedModel = drawn(seed, lambda: LlamaForCausalLM(layout))
+    return model

@@ -14,12 +14,12 @@ N(0, 1/d).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Gt
 
-from methods.model import token_shape, write_classifier
-from methods.stage import AssayError, Claim, Dataset, Stage
+from methods.model import NewNetwork, token_shape, write_classifier
+from methods.stage import AssayError, Claim, Stage
 
 SEEDED = True
 TASKS = ("classification",)
@@ -28,11 +28,9 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(NewNetwork):
     """Options of a new token MLP."""
 
-    # Data set whose sequences it takes and whose classes it tells apart.
-    data: Dataset
     # Width of the embedding (the official code: 16; its notebook: 10).
     width: Annotated[int, Gt(0)] = 16
     # Width of each hidden layer (the official code: one of 100).
@@ -41,10 +39,6 @@ class Config:
     bottleneck: bool = True
     # Whether the class vectors are the embedding's vectors.
     tied: bool = True
-    # Whether a linear output layer has a bias; a tied one has none.
-    output_bias: bool = True
-    # How the class vectors start: as nn.Linear does (uniform up to 1/sqrt(d)), or drawn from N(0, 1/d).
-    class_vectors: Literal["linear", "normal"] = "linear"
 
     def __post_init__(self) -> None:
         if self.tied and not self.bottleneck:

@@ -10,12 +10,12 @@ because its models cannot leave training mode; here an evaluation never drops an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt
 
-from methods.model import token_shape, write_classifier
-from methods.stage import AssayError, Claim, Dataset, Stage
+from methods.model import NewNetwork, token_shape, write_classifier
+from methods.stage import AssayError, Claim, Stage
 
 SEEDED = True
 TASKS = ("classification",)
@@ -24,11 +24,9 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(NewNetwork):
     """Options of a new token transformer."""
 
-    # Data set whose sequences it takes and whose classes it tells apart.
-    data: Dataset
     # Width of the residual stream (the official code: 16).
     hidden: Annotated[int, Gt(0)] = 16
     # Encoder blocks (the official code: 2).
@@ -41,10 +39,6 @@ class Config:
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
     # Whether the class vectors are the embedding's vectors.
     tied: bool = False
-    # Whether a linear output layer has a bias; a tied one has none.
-    output_bias: bool = True
-    # How the class vectors start: as nn.Linear does (uniform up to 1/sqrt(d)), or drawn from N(0, 1/d).
-    class_vectors: Literal["linear", "normal"] = "linear"
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:

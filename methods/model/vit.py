@@ -12,8 +12,8 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt
 
-from methods.model import image_shape, write_classifier
-from methods.stage import AssayError, Claim, Dataset, Stage
+from methods.model import NewClassifier, image_shape, write_classifier
+from methods.stage import AssayError, Claim, Stage
 
 SEEDED = True
 TASKS = ("classification",)
@@ -22,11 +22,9 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(NewClassifier):
     """Options of a new ViT."""
 
-    # Data set whose images it takes and whose classes it tells apart.
-    data: Dataset
     # Side of a patch in pixels; a divisor of the image's sides.
     patch: Annotated[int, Gt(0)] = 4
     # Width of the residual stream.
@@ -39,8 +37,6 @@ class Config:
     mlp: Annotated[int, Gt(0)] = 64
     # Share of activations that training drops.
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    # Whether a linear output layer has a bias.
-    output_bias: bool = True
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads:
