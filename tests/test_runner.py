@@ -127,6 +127,11 @@ def test_a_result_is_waited_for_until_its_files_are_there(results: Path, tmp_pat
     late.unlink()
     with pytest.raises(AssayError, match=r"model/config\.json is missing"):
         open_result(copy, job_id, patience_seconds=0.1)
+    late.write_text(text)
+    # what lies beside the folders belongs to each of them: an evaluation of the model reads its curve
+    (copy.result(job_id) / "curve.csv").unlink()
+    with pytest.raises(AssayError, match=r"curve\.csv is missing"):
+        open_result(copy, job_id, "model", patience_seconds=0.1)
     with pytest.raises(AssayError, match=r"there is no record\.json"):
         open_result(copy, "train.sft-000000000000", patience_seconds=0.1)
 

@@ -318,8 +318,8 @@ def open_result(
     """The record of a finished job, once all its files are there with the sizes it names.
 
     Args:
-        part: look at the files of this folder only (``model``, ``model@40``, ``data`` or ``files``): another part
-            may have been cleaned away.
+        part: look at the files of this folder (``model``, ``model@40``, ``data`` or ``files``) and at those beside the
+            folders, such as the curve: another part may have been cleaned away.
     Raises:
         AssayError: the result is not complete within ``patience_seconds``.
     """
@@ -340,7 +340,7 @@ def _incomplete(store: Store, job_id: str, part: str | None) -> str | None:
         return "there is no record.json"
     record = read_record(store.record(job_id))
     for entry in record.files:
-        if part is not None and entry.path.partition("/")[0] != part:
+        if part is not None and "/" in entry.path and entry.path.partition("/")[0] != part:
             continue
         path = store.result(job_id) / entry.path
         if not path.is_file():
