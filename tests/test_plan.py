@@ -106,6 +106,11 @@ def test_options_that_say_how_do_not_enter_the_id(tmp_path: Path) -> None:
     assert ids(one, "train.sft") != ids(three, "train.sft")
 
 
+def test_a_component_for_another_task_is_refused_while_planning(tmp_path: Path) -> None:
+    with pytest.raises(AssayError, match=r"loss\.anyloss works on classifiers; base is a language model"):
+        make(tmp_path, {"target": TRAIN.replace("batch=4", "batch=4, loss=anyloss()")})
+
+
 def test_options_of_a_component_that_say_how_do_not_enter_the_id_either(tmp_path: Path) -> None:
     blocks = 'cut_cross_entropy(implementation="blockwise")'
     one, two = (

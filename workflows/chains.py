@@ -298,6 +298,8 @@ class Builder:
         found = self.catalogue.method(call.name)
         self._check_start(found, parent)
         resolved, references = self.resolved(call, found, member, seed)
+        if parent is not None:
+            self._check_components(resolved, parent)
         parents = ({} if parent is None else {"model": parent}) | references
         writes = parts_of(found.load())
         seeded_here = bool(found.load().SEEDED)
@@ -323,6 +325,12 @@ class Builder:
             )
         if parent is not None:
             self.check_task(found, parent, parent.base)
+
+    def _check_components(self, resolved: Resolved, parent: Point) -> None:
+        """Most components work on any model, and say nothing."""
+        for part in resolved.components:
+            if hasattr(part.load(), "TASKS"):
+                self.check_task(part, parent, parent.base)
 
     def check_task(self, found: Found, point: Point, name: str) -> None:
         """Refuse a model of another task than the method or evaluation works on; ``name`` is what it is called."""
