@@ -13,6 +13,7 @@ Perplexities of different tokenizers cannot be compared; ``bits_per_byte`` can.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -114,7 +115,9 @@ def _rows(config: Config, nll: _statistics.Estimate, tokens: int, tokens_per_byt
     task = f"{config.data} context={config.context_tokens} stride={_stride(config)} joined={config.join}"
     if config.limit is not None:
         task += f" limit={config.limit}"
-    perplexity, bits = math.exp(nll.value), tokens_per_byte / math.log(2)
+    # beyond float64 it is infinite, and the loss still says how bad the model is
+    perplexity = math.exp(nll.value) if nll.value < math.log(sys.float_info.max) else math.inf
+    bits = tokens_per_byte / math.log(2)
 
     def row(metric: str, value: float, slope: float, unit: str) -> Row:
         """The standard error follows that of the loss by the slope."""

@@ -7,12 +7,13 @@ between stages that logged alike, so the notes name the steps between logged poi
 without the loss beside it: a head at its confidence ceiling has small, steady gradients for trivial reasons.
 
 Of the norm of the gradient before clipping: ``gradient_stability``, standard deviation over mean in the last half of
-the steps, and ``clip_rate``, the share of all steps whose norm was above ``clip`` (Miller-Golub et al. 2026,
-"Rethinking the Harmonic Loss via Non-Euclidean Distance Layers", whose code has 1). Of a loss on held-out data
-``learning_stability``: the standard deviation of its consecutive differences over its total decrease. Of the training
-loss ``spikes``: points above the median of the ``window`` points before them by more than 4 median absolute deviations
-of the same. That paper speaks of gradient and learning stability, but no formula of it was found: except ``clip_rate``
-these definitions are **ours**. All standard deviations are those of the points themselves (divided by n).
+the steps (of two points at least), and ``clip_rate``, the share of all steps whose norm was above ``clip``
+(Miller-Golub et al. 2026, "Rethinking the Harmonic Loss via Non-Euclidean Distance Layers", whose code has 1). Of a
+loss on held-out data ``learning_stability``: the standard deviation of its consecutive differences over its total
+decrease. Of the training loss ``spikes``: points above the median of the ``window`` points before them by more than 4
+median absolute deviations of the same. That paper speaks of gradient and learning stability, but no formula of it was
+found: except ``clip_rate`` these definitions are **ours**. All standard deviations are those of the points themselves
+(divided by n).
 
 Of an accuracy: ``aucc``, the trapezoid over its E logged points divided by E, which is at most (E - 1) / E (the same
 code). For each threshold ``reached`` is 1 or 0; ``steps_to`` is the first step from which the accuracy stays above the
@@ -167,11 +168,12 @@ def _check_terms(config: Config, curve: Mapping[str, Line]) -> None:
 
 
 def _gradients(line: Line, config: Config) -> list[Row]:
-    """``gradient_stability`` where there are two points in the last part, and ``clip_rate``."""
+    """``gradient_stability`` of the last part, or of the last two points where there are fewer in it; ``clip_rate``."""
     if not line:
         return []
     first = line[-1][0] * (1.0 - config.last)
-    late = [value for step, value in line if step >= first]
+    part = [value for step, value in line if step >= first]
+    late = part if len(part) > 1 else [value for _, value in line[-2:]]
     clipped = [float(value > config.clip) for _, value in line]
     rows = []
     if len(late) > 1 and fmean(late) > 0:

@@ -74,6 +74,8 @@ def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer that lies beside a model."""
     from transformers import AutoTokenizer
 
+    import assay  # noqa: F401  (the configuration beside it may be of a class of this project)
+
     check_folder(Path(folder))
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -57,6 +57,11 @@ def test_gradient_stability_is_that_of_the_last_half_of_the_steps(tmp_path: Path
     ]
 
 
+def test_a_run_of_two_points_has_the_stability_of_both(tmp_path: Path) -> None:
+    # mean 2, sd 1
+    assert value(score(stage(tmp_path, gradient_norm=[1.0, 3.0])), "gradient_stability") == pytest.approx(0.5)
+
+
 def test_gradients_that_are_0_or_a_single_one_have_no_stability_and_are_finite(tmp_path: Path) -> None:
     zeros = score(stage(tmp_path / "zeros", gradient_norm=[0.0, 0.0, 0.0]))
     assert [(row.metric, row.value) for row in zeros] == [("clip_rate", 0.0)]
