@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -422,7 +423,7 @@ def test_retraining_is_supervised_finetuning_on_what_is_kept(parent: Path, tmp_p
 
 
 def test_retraining_has_the_recipe_of_supervised_finetuning() -> None:
-    shared = {name for name in vars(sft.Config()) if name not in ("data", "head", "loss")}
+    shared = {field.name for field in dataclasses.fields(loop.Training)}
     ours, theirs = method("retrain").Config(), sft.Config()
     assert {name: getattr(ours, name) for name in shared} == {name: getattr(theirs, name) for name in shared}
     assert ours.retain == theirs.data
