@@ -131,9 +131,7 @@ def _table(scoring: Scoring, model: Any) -> CaseTable:
 
 
 def _batches(config: Config, model: Any, table: CaseTable) -> list[Cases]:
-    starts = range(0, len(table), config.batch)
-    batches = [table.batch(range(start, min(start + config.batch, len(table))), "cases") for start in starts]
-    return [cases.to(model.device) for cases in batches]
+    return [cases.to(model.device) for cases in table.batches(config.batch, "cases")]
 
 
 def answers(model: Any, batches: Sequence[Cases]) -> Answers:

@@ -255,9 +255,9 @@ def _drawn_anew(model: Any, seed: int, keep_zeros: bool) -> Any:
     """The same architecture with its own initialisation; zeros of its matrices stay where they are kept."""
     import torch
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        new: Any = type(model)(model.config)
+    from methods.model import drawn
+
+    new: Any = drawn(seed, lambda: type(model)(model.config))
     new.to(model.device)
     if keep_zeros:
         with torch.no_grad():

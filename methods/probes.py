@@ -86,8 +86,7 @@ class Probes:
 
         table = read_cases(rows, dataset)
         table.check_model(self.model, dataset)
-        starts = range(0, len(table), self.size)
-        return [table.batch(range(start, min(start + self.size, len(table))), name) for start in starts]
+        return table.batches(self.size, name)
 
     def _parts(self, rows: Sequence[Any], name: str) -> Batches:
         """Sorted by length, so that little is padding."""

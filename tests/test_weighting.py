@@ -155,7 +155,7 @@ def gradient(micro_batch: int | None, **options: Any) -> tuple[float, Tensor]:
     run = Gradient(
         model,
         lambda model, batch: classify.loss(config, model, batch),
-        weigh=classify.weigh(config),
+        weigh=weigh(config.weighting),
         micro_batch=micro_batch,
     )
     means = run({"train": cases()}, 0, 1)  # type: ignore[dict-item]
@@ -195,7 +195,7 @@ def test_sequences_in_micro_batches_are_weighed_among_the_whole_batch(form: str)
         run = Gradient(
             model,
             lambda model, batch: sft.loss(config, model, batch),
-            weigh=sft.weigh(config),
+            weigh=weigh(config.weighting),
             micro_batch=micro_batch,
         )
         run({"train": part()}, 0, 1)

@@ -105,6 +105,11 @@ class CaseTable(Sequence[Cases]):
             extra={key: values.index_select(0, numbers) for key, values in self.extra.items()},
         )
 
+    def batches(self, size: int, name: str) -> list[Cases]:
+        """All cases in their own order, ``size`` at a time."""
+        starts = range(0, len(self), size)
+        return [self.batch(range(start, min(start + size, len(self))), name) for start in starts]
+
     def with_extra(self, name: str, values: Tensor) -> CaseTable:
         """The same table with further numbers [M,...] of each case; AssayError where they are not M."""
         if len(values) != len(self):

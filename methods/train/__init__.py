@@ -8,9 +8,10 @@ each of which may be left out:
 * ``prepare(config, model, stage, parts)``: called with the model under its head, before training; ``parts`` is
   ``{"train": examples or cases}``, and what it returns, if anything, stands in their place. Buffers that it registers
   on the model with ``persistent=False`` are saved and resumed with the run, and not written with the model.
-* ``check_batches(config, batches, steps)``: refuses, before training, batches that the loss cannot work on.
 * ``outer(config)``: for a loss that is no sum over items, the objective as a function of the terms' means.
-* ``weigh(config)``: weights of the global batch's rows from their losses, read with ``batch.weigh``.
+
+Batches that a method's option ``loss`` cannot work on are refused before training, and its option ``weighting`` gives
+the weights of the global batch's rows, which the loss reads with ``batch.weigh``.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ def run(stage: Stage, method: ModuleType) -> None:
 
     ``loss_floor_nats`` in the notes is the least mean cross entropy that the head can reach.
     """
-    from methods import loop
+    from methods import loop, weighting
+    from methods import loss as losses
     from methods.architectures import output_layer
+    from methods.data import CaseTable
 
     config = stage.config
     parts = _parts(stage)
@@ -44,39 +47,34 @@ def run(stage: Stage, method: ModuleType) -> None:
     layer = output_layer(model)
     if hasattr(layer, "loss_floor"):
         stage.notes["loss_floor_nats"] = layer.loss_floor()
-    if _classifies(stage):
-        parts["train"].check_model(model, config.data)
+    rows = parts["train"]
+    if isinstance(rows, CaseTable):
+        rows.check_model(model, config.data)
     parts = _hook(method, "prepare", config, model, stage, parts) or parts
     # A batch of more cases than there are would see some of them twice.
-    size = min(config.batch, len(parts["train"])) if _classifies(stage) else config.batch
+    size = min(config.batch, len(parts["train"])) if isinstance(rows, CaseTable) else config.batch
     settings = replace(config, batch=size)
     batches = loop.Batches(parts, size=size, seed=stage.seed)
-    _hook(method, "check_batches", config, batches, loop.steps_of(settings, batches.count))
+    losses.check_batches(getattr(config, "loss", None), batches, loop.steps_of(settings, batches.count))
 
     def loss(model: Any, batch: Batch) -> Terms:
         terms: Terms = method.loss(config, model, batch)
         return terms
 
-    outer, weigh = _hook(method, "outer", config), _hook(method, "weigh", config)
-    loop.train(stage, model, settings, batches, loss, outer=outer, weigh=weigh)
+    weigh = weighting.weigh(getattr(config, "weighting", None))
+    loop.train(stage, model, settings, batches, loss, outer=_hook(method, "outer", config), weigh=weigh)
 
 
 def _parts(stage: Stage) -> Mapping[str, Any]:
     """The rows as encoded examples, or as a table of cases where the model is a classifier."""
-    from methods.checkpoint import load_tokenizer
+    from methods.checkpoint import is_classifier, load_tokenizer
     from methods.data import Style, encode, read_cases
 
     config, source = stage.config, stage.parents["model"]
     rows = stage.data.rows(config.data)
-    if _classifies(stage):
+    if is_classifier(source):
         return {"train": read_cases(rows, config.data)}
     return {"train": encode(rows, load_tokenizer(source), Style.read(source), config.context_tokens)}
-
-
-def _classifies(stage: Stage) -> bool:
-    from methods.checkpoint import is_classifier
-
-    return is_classifier(stage.parents["model"])
 
 
 def _hook(method: ModuleType, name: str, *arguments: Any) -> Any:

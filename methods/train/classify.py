@@ -37,8 +37,7 @@ from methods.stage import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from methods.gradient import Batch, Outer, Weigh
-    from methods.loop import Batches
+    from methods.gradient import Batch, Outer
 
 SEEDED = True
 TASKS = ("classification",)
@@ -98,18 +97,6 @@ def outer(config: Config) -> Outer | None:
     if found is None or not config.embedding_penalty:
         return found
     return lambda means: found(means) + config.embedding_penalty * means["embedding"]
-
-
-def weigh(config: Config) -> Weigh | None:
-    """The weighting's function of the losses of a global batch."""
-    from methods import weighting
-
-    return weighting.weigh(config.weighting)
-
-
-def check_batches(config: Config, batches: Batches, steps: int) -> None:
-    """AssayError for a batch that the loss cannot work on, such as one of a single class for AnyLoss."""
-    losses.check_batches(config.loss, batches, steps)
 
 
 def embedding_penalty(weight: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt
 
 from methods import loss as losses
-from methods import weighting
 from methods.loop import make_accelerator
 from methods.stage import AssayError, Claim, How, Stage, Term, Terms
 from methods.terms import is_cases, kl_divergence, scored
@@ -36,8 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from methods.data import Cases, CaseTable, Part
-    from methods.gradient import Batch, Outer, Weigh
-    from methods.loop import Batches
+    from methods.gradient import Batch, Outer
 
 SEEDED = True
 TASKS = ("classification", "language")
@@ -170,16 +168,6 @@ def outer(config: Config) -> Outer | None:
     if base is None:
         return None
     return lambda means: base(means) + config.strength * means.get("trajectory", 0.0)
-
-
-def weigh(config: Config) -> Weigh | None:
-    """The weighting's function of the base losses of a global batch."""
-    return weighting.weigh(config.weighting)
-
-
-def check_batches(config: Config, batches: Batches, steps: int) -> None:
-    """AssayError for a base loss that does not fit the rows or one of the batches."""
-    losses.check_batches(config.loss, batches, steps)
 
 
 def _active(config: Config, epoch: Any) -> Any:

@@ -18,8 +18,7 @@ from methods.loop import Training
 from methods.stage import Claim, Dataset, Head, Loss, Terms, Weighting
 
 if TYPE_CHECKING:
-    from methods.gradient import Batch, Outer, Weigh
-    from methods.loop import Batches
+    from methods.gradient import Batch, Outer
 
 SEEDED = True
 USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms", "methods.loss")
@@ -62,15 +61,3 @@ def loss(config: Config, model: Any, batch: Batch) -> Terms:
 def outer(config: Config) -> Outer | None:
     """How the means of a loss that is no sum over tokens make up the objective."""
     return losses.outer(config.loss)
-
-
-def weigh(config: Config) -> Weigh | None:
-    """The weighting's function of the losses of a global batch."""
-    from methods import weighting
-
-    return weighting.weigh(config.weighting)
-
-
-def check_batches(config: Config, batches: Batches, steps: int) -> None:
-    """AssayError for a loss that does not fit sequences."""
-    losses.check_batches(config.loss, batches, steps)

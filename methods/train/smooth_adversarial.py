@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt
 
 from methods import loss as losses
-from methods import weighting
 from methods.stage import AssayError, Claim, Component, Loss, Stage, Term, Terms
 from methods.terms import case_scores
 from methods.train._recording import Recording, refuse_hidden
@@ -36,8 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from methods.data import Cases
-    from methods.gradient import Batch, Outer, Weigh
-    from methods.loop import Batches
+    from methods.gradient import Batch, Outer
 
 SEEDED = True
 TASKS = ("classification",)
@@ -95,16 +93,6 @@ def outer(config: Config) -> Outer | None:
     """How the means make up the objective where Phi's stand-in is no sum over cases."""
     base = losses.outer(config.loss)
     return None if base is None else lambda means: base(means) + config.nu * means["margins"]
-
-
-def weigh(config: Config) -> Weigh | None:
-    """The weighting's function of the losses of a global batch; the margins are not weighed."""
-    return weighting.weigh(config.weighting)
-
-
-def check_batches(config: Config, batches: Batches, steps: int) -> None:
-    """AssayError for a stand-in of Phi that does not fit one of the batches."""
-    losses.check_batches(config.loss, batches, steps)
 
 
 # --- the supremum -----------------------------------------------------------------------------------------------------
