@@ -1,8 +1,9 @@
 """How big a model is: parameters, how many of them are not zero, and bytes on disk.
 
 Counted from the weights themselves. A structurally pruned model has two forms: ``masked`` (zeros in place, loads
-anywhere) and ``physical`` (cut shapes, in ``model/physical``); each gets its rows, and ``physical`` says in every
-table whether there is a smaller form at all.
+anywhere) and ``physical`` (cut shapes, dropped sub-blocks, two factors; in ``model/physical``). Each gets its rows, and
+``physical`` says in every table whether there is a smaller form at all: where it is 0, zeros save nothing but bytes
+after compression. Of a low-rank result the masked form is dense, whatever its ranks.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Tokens per second and joules per token, reading a prompt (prefill) and writing after it (decode) apart.
+"""Tokens per second and joules per token, reading a prompt (prefill) and writing after it (decode) apart, and memory.
 
 The physically smaller form is measured where a model has one (``physical=true`` in the task), else the model as it
-is: zeros alone make nothing faster. Prompts are random tokens and the end mark is ignored, so every model does the
-same work. Each phase is warmed up and then repeated; the spread is over repeats. Energy is CodeCarbon's, over all
-repeats of a phase: ``estimated`` where there is no power counter or the phase was too short to be read ten times.
-Runs alone on the machine, and is no part of any comparison of bits.
+is: zeros alone make nothing faster. ``memory_bytes`` is what its weights and, after the last new token, its keys and
+values take; an attention that was removed has none. Prompts are random tokens and the end mark is ignored, so every
+model does the same work. Each phase is warmed up and then repeated; the spread is over repeats. Energy is CodeCarbon's,
+over all repeats of a phase: ``estimated`` where there is no power counter or the phase was too short to be read ten
+times. Runs alone on the machine, and is no part of any comparison of bits.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Phase:
 
 
 def evaluate(scoring: Scoring) -> list[Row]:
-    """Rows for both phases: ``*_tokens_per_second`` and ``*_joules_per_token``."""
+    """Rows for both phases, ``*_tokens_per_second`` and ``*_joules_per_token``, and ``memory_bytes``."""
     import torch
 
     config, folder, physical = scoring.config, Path(scoring.parents["model"]), False
@@ -68,11 +69,14 @@ def evaluate(scoring: Scoring) -> list[Row]:
         prefill = _measure(lambda: _prefill(model, prompt), model.device, config)
         token, cache = _prefill(model, prompt)
         decode = _measure(lambda: _decode(model, token, cache, config), model.device, config)
+        tokens = config.prompt_tokens + config.new_tokens
+        memory = _weights(model) + _cached(cache) * tokens / config.prompt_tokens
     task = f"physical={str(physical).lower()} prompt_tokens={config.prompt_tokens} new_tokens={config.new_tokens} "
     task += f"batch={config.batch} device={model.device.type} threads={scoring.threads}"
     return [
         *_rows(task, "prefill", config.batch * config.prompt_tokens, prefill),
         *_rows(task, "decode", config.batch * config.new_tokens, decode),
+        Row(task, "memory_bytes", memory, unit="bytes", better="lower"),
     ]
 
 
@@ -102,6 +106,17 @@ def _decode(model: Any, token: Any, cache: Any, config: Config) -> None:
         output = model(input_ids=token, past_key_values=cache, use_cache=True)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
     cache.crop(-config.new_tokens)
+
+
+def _weights(model: Any) -> float:
+    """Bytes of the parameters, in the precision the model is computed in; tied ones count once."""
+    return float(sum(weight.numel() * weight.element_size() for weight in model.parameters()))
+
+
+def _cached(cache: Any) -> float:
+    """Bytes of the keys and values of the prompt."""
+    kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in kept))
 
 
 def _measure(work: Callable[[], object], device: Any, config: Config) -> Phase:

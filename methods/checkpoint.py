@@ -12,13 +12,14 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from methods.stage import AssayError, NotFinite
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
 REVISION = 1
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -257,13 +258,19 @@ def saved_dtype(dtype: str, source: Path | None) -> str:
 
 
 def save_model(
-    model: Any, folder: Path, source: Path | None, dtype: str = "parent", parent_dtype: str | None = None
+    model: Any,
+    folder: Path,
+    source: Path | None,
+    dtype: str = "parent",
+    parent_dtype: str | None = None,
+    dtypes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write a model as safetensors, with the tokenizer and all else that travels with ``source``.
 
     Args:
         dtype: ``float32``, ``bfloat16`` or ``parent``: each weight as in ``source``, new ones as most of them
             (or as ``parent_dtype``).
+        dtypes: the precision of some weights, by name, whatever the others'.
     Raises:
         NotFinite: a weight is not a finite number; nothing is written.
     """
@@ -272,11 +279,9 @@ def save_model(
     folder = Path(folder)
     refuse_not_finite(model)
     transformers.utils.logging.disable_progress_bar()
-    dtypes = (
-        tensor_dtypes(source) if dtype == "parent" and source is not None and parent_dtype is None else {}
-    )
+    given = tensor_dtypes(source) if dtype == "parent" and source is not None and parent_dtype is None else {}
     usual = parent_dtype if dtype == "parent" and parent_dtype is not None else saved_dtype(dtype, source)
-    state = _in_precision(model.state_dict(), dtypes, usual)
+    state = _in_precision(model.state_dict(), {**given, **dtypes}, usual)
     model.save_pretrained(folder, state_dict=state, max_shard_size=SHARD_SIZE)
     _state_precision(folder / "config.json", usual)
     if source is not None:
@@ -322,6 +327,35 @@ def _state_precision(path: Path, dtype: str) -> None:
     """Transformers writes the precision of the model in memory; the file has another one."""
     content = _read_json(path) | {"dtype": dtype}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# --- which weights a result is about ------------------------------------------------------------------------
+
+
+def weight_marks(layers: Mapping[str, nn.Linear]) -> dict[str, list[Any]]:
+    """Rows, columns and the sum of squares of every weight: what results about another model are told by."""
+    return {
+        name: [*layer.weight.shape, float(layer.weight.detach().double().square().sum())]
+        for name, layer in layers.items()
+    }
+
+
+def refuse_other_weights(
+    folder: Path, what: str, marks: Mapping[str, list[Any]], layers: Mapping[str, nn.Linear], remedy: str
+) -> None:
+    """Raise an AssayError unless ``marks`` are those of ``layers``.
+
+    Args:
+        folder: where ``what`` (``factors``) lies that the marks came with. ``remedy``: what to do, as a clause.
+    """
+    ours = weight_marks(layers)
+    if marks.keys() != ours.keys() or any(marks[name][:2] != ours[name][:2] for name in ours):
+        raise AssayError(f"{folder} has the {what} of a model of another shape: {remedy}.")
+    for name, (_, _, size) in ours.items():
+        if abs(marks[name][2] - size) > 1e-6 * size:
+            raise AssayError(
+                f"the {what} in {folder} were measured on other weights than those of {name}: {remedy}."
+            )
 
 
 # --- counting and caching -------------------------------------------------------------------------------------

@@ -22,7 +22,18 @@ from types import ModuleType
 
 from methods.stage import AssayError
 
-FAMILIES = ("model", "train", "unlearn", "curvature", "distill", "prune", "data", "runtime")
+FAMILIES = (
+    "model",
+    "train",
+    "unlearn",
+    "curvature",
+    "distill",
+    "levels",
+    "search",
+    "prune",
+    "data",
+    "runtime",
+)
 KINDS = ("head", "loss", "optimizer", "schedule", "adapter", "weighting", "sampling")
 # more names than this are not listed in a sentence
 MOST_CHOICES = 40

@@ -25,6 +25,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -35,7 +36,7 @@ from annotated_types import Ge, Gt
 from methods.find import catalogue
 from methods.gradient import Gradient, Loss, Outer, Weigh, Workers
 from methods.probes import Probes
-from methods.progress import pack, unpack
+from methods.progress import link, pack, unpack
 from methods.stage import (
     Adapter,
     AssayError,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
     from methods.data import Cases, CaseTable, Example, Variants
+    from methods.masking import Masking
     from methods.progress import State
 
 REVISION = 1
@@ -370,6 +372,7 @@ def train(
     start: Weights | None = None,
     optimizer: Any = None,
     weigh: Weigh | None = None,
+    masking: Masking | None = None,
 ) -> None:
     """Train a ``prepare``d model and write ``model/``, ``curve.csv`` and the notes of the stage.
 
@@ -383,12 +386,15 @@ def train(
         optimizer: a method's own, in the place of the one in the settings. Beside what torch's have it may have
             ``numbers``, of its last step, and ``observed(last)``, of the weights as they are: both go into the curve.
         weigh: weights of the global batch's rows from their losses, which ``loss`` reads with ``batch.weigh``.
+        masking: hides weights while the model is trained, and for good in every model that is written.
     Raises:
         NotFinite: a term, gradient or weight is not finite; nothing is written.
         Interrupted: a stop signal came; the state is saved.
     """
     folder = source or stage.parents["model"]
-    run = _Run(stage, model, settings, batches, loss, outer, adaptive, folder, start, optimizer, weigh)
+    run = _Run(
+        stage, model, settings, batches, loss, outer, adaptive, folder, start, optimizer, weigh, masking
+    )
     try:
         run.resume(stage.progress.load())
         for step in stage.progress.bar(run.steps, initial=run.step):
@@ -426,9 +432,11 @@ class _Run:
         start: Weights | None = None,
         optimizer: Any = None,
         weigh: Weigh | None = None,
+        masking: Masking | None = None,
     ) -> None:
         from methods.checkpoint import is_classifier, load_tokenizer
 
+        self.masking = masking
         self.stage, self.model, self.settings = stage, model, settings
         self.batches, self.source = batches, source
         self.accelerator = make_accelerator(settings)
@@ -492,7 +500,8 @@ class _Run:
     def update(self, step: int) -> None:
         """One optimizer step on one global batch."""
         parts = self.batches.collated(step, self.tokenizer)
-        means = self.gradient(parts, step, self.steps, self.values)
+        with self._masks_shown(step):
+            means = self.gradient(parts, step, self.steps, self.values)
         norm = self._clip(step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.factor(step)
@@ -500,10 +509,12 @@ class _Run:
         # Behind an adapter the weights are frozen; what the merged ones gain is taken off when they are written.
         if self.adapter is None:
             self.weights.restore_zeros()
+        if self.masking is not None:
+            self.masking.after()
         self.tokens += sum(part.seen for part in parts.values())
         if step % self.settings.log_every == 0 or step == self.steps - 1:
             rate = float(self.optimizer.param_groups[0]["lr"])
-            own = getattr(self.optimizer, "numbers", {})
+            own = getattr(self.optimizer, "numbers", {}) | (self.masking.numbers() if self.masking else {})
             self._log(step, means | self.values | own | {"learning_rate": rate, "gradient_norm": norm})
         self.values = dict(self.adaptive.after(self.values, means))
 
@@ -512,6 +523,8 @@ class _Run:
         from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
         self.weights.mask_gradients()
+        if self.masking is not None:
+            self.masking.mask_gradients()
         weights = [weight for _, weight in self.trained if weight.grad is not None]
         total = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         norm = float(total)
@@ -552,7 +565,12 @@ class _Run:
         if hasattr(self.optimizer, "observed"):
             self._log(step, self.optimizer.observed(step == self.steps))
         if step % self.settings.probe_every == 0 or step == self.steps:
-            self._log(step, self.probes.measure(step))
+            with self._masks_shown(step):
+                self._log(step, self.probes.measure(step))
+
+    def _masks_shown(self, step: int) -> AbstractContextManager[Any]:
+        """Within it the model is as its masks show it, where it has any."""
+        return nullcontext() if self.masking is None else self.masking.hiding(step)
 
     # --- state ----------------------------------------------------------------------------------------------
 
@@ -630,7 +648,7 @@ class _Run:
             for step in self.settings.checkpoints:
                 name = f"model@{step}"
                 shutil.copytree(
-                    self._kept(step), self.stage.folder / name, copy_function=_link, dirs_exist_ok=True
+                    self._kept(step), self.stage.folder / name, copy_function=link, dirs_exist_ok=True
                 )
             write_curve(self.stage.folder / "curve.csv", self.curve)
         self.accelerator.wait_for_everyone()
@@ -646,16 +664,10 @@ class _Run:
             model = self.adapter.merge(model)
         weights = self.weights.of(dict(model.named_parameters()))
         weights.restore_zeros()
+        if self.masking is not None:
+            self.masking.hide(dict(model.named_parameters()))
         save_model(model, folder, self.source, self.settings.saved)
         return {"nonzero_after": weights.nonzero()[1], "update_lost_in_saving": weights.lost_in_saving()}
-
-
-def _link(source: str, target: str) -> None:
-    """A second name for a file that is never written again; a copy where the disk is another."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def steps_of(settings: Training, count: int) -> int:

@@ -480,15 +480,24 @@ def _read_refusals(file: Path) -> list[Row]:
 
 
 def _read_json(file: Path) -> list[Row]:
-    """An array of objects, or (as TOFU's ``.json`` files are) one object a line."""
+    """An array of objects, one object over any number of lines, or (as TOFU's ``.json`` files are) one a line."""
     text = _text(file)
     if not text.lstrip().startswith("["):
-        return _read_json_lines(file)
+        return _one_object(text) or _read_json_lines(file)
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise AssayError(f"{file} is no JSON: {error}.") from error
     return [_object(row, file, number) for number, row in enumerate(rows, 1)]
+
+
+def _one_object(text: str) -> list[Row]:
+    """The only object of a text, or nothing."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        return []
+    return [found] if isinstance(found, dict) else []
 
 
 def _read_json_lines(file: Path) -> list[Row]:

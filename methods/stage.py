@@ -73,6 +73,29 @@ Data = Annotated[Parent, _Kind("data")]
 Dataset = Annotated[str, _Kind("dataset")]
 
 
+# --- shorthands --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class From:
+    """In a ``Step``'s options: the result of an earlier step of the same shorthand, by its name."""
+
+    step: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage that a shorthand stands for.
+
+    A method file with ``expand(config) -> tuple[Step, ...]`` is a shorthand: the planner writes its steps instead, each
+    a stage with id, record and energy of its own. All start from the chain's model; the last one is the chain's result.
+    """
+
+    name: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
 # --- what a loss returns ------------------------------------------------------------------------------
 
 

@@ -37,6 +37,7 @@ from workflows.notation import Call, Name, Value, format_value
 from workflows.options import OptionField, Resolved, decode_config, encode_config, fields_of, resolve
 from workflows.parts import needs_model, tasks_of
 from workflows.record import Job, ParentRef, Store
+from workflows.shorthands import is_shorthand, steps_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +92,30 @@ DESCENT = Call("sgd", (("learning_rate", 0.1), ("momentum", 0.0)))
 NEEDS: dict[str, dict[str, Value]] = {
     "prune.magnitude": {"sparsity": 0.5},
     "prune.wanda": {"sparsity": 0.5},
+    "prune.sparsegpt": {"sparsity": 0.5},
+    "levels.magnitude": {"sparsity": 0.5},
+    "levels.wanda": {"sparsity": 0.5},
+    "levels.sparsegpt": {"sparsity": 0.5},
+    "prune.flap": {"sparsity": 0.5},
+    "prune.svd": {"keep": 0.5, "data": DATA},
+    "prune.fwsvd": {"keep": 0.5},
+    "prune.drank": {"keep": 0.5},
+    "prune.modegpt": {"sparsity": 0.25},
+    "prune.llm_pruner": {"sparsity": 0.5},
+    "levels.tyr": {"sparsity": 0.5},
+    "train.sparse": {"sparsity": 0.1, "every": 1},
+    "search.layerwise": {"lowered": 1},
+    "search.evopress_bits": {"bits": 2.5},
+    "search.evopress_depth": {"sparsity": 0.5},
+    "search.block_scores": {"sparsity": 0.5},
+    "prune.shortgpt": {"sparsity": 0.5},
+    "search.knapsack": {"data": DATA},
+    "search.published": {"assignment": "assignments/evopress", "levels": Name("sparse_levels")},
+    "prune.assigned": {"levels": Name("sparse_levels")},
+    "prune.evopress": {"sparsity": 0.5},
+    "prune.evopress_bits": {"bits": 2.5},
+    "prune.evopress_depth": {"sparsity": 0.5},
+    "prune.tyr": {"sparsity": 0.5},
     "lm_eval": {"tasks": ("authors_forget",)},
     "unlearn.rmu": {"layer": 1, "trained": "all"},
     "unlearn.realign": {"alignment": RETAIN, "task": FORGET},
@@ -102,10 +127,78 @@ NAMED: dict[str, tuple[str, ...]] = {
     "data": ("answers", "more_answers"),
     "files": ("bundle", "other_bundle"),
 }
+# The same for options of a name, where what they read does not tell.
+NAMED_OPTION: dict[str, tuple[str, ...]] = {
+    "levels": ("sparse_levels", "other_sparse_levels"),
+    "assignment": ("uniform", "changed"),
+    "center": ("uniform_structure", "changed_structure"),
+}
+# Results of other methods that reference options may name; made when they are first asked for, from the whole model.
+BUNDLES: dict[str, tuple[str, dict[str, Value]]] = {
+    "sparse_levels": ("levels.magnitude", {}),
+    "other_sparse_levels": ("levels.wanda", {}),
+    "sparser_levels": ("levels.magnitude", {"sparsity": 0.75}),
+    "bit_levels": ("levels.rtn", {}),
+    "other_bit_levels": ("levels.gptq", {}),
+    "structure_levels": ("levels.tyr", {}),
+    "other_structure_levels": ("levels.tyr", {"score": "osscar"}),
+    "uniform": ("search.uniform", {"levels": Name("sparse_levels")}),
+    "changed": ("search.knapsack", {"levels": Name("sparse_levels")}),
+    "uniform_structure": ("search.uniform", {"levels": Name("structure_levels")}),
+    "changed_structure": ("search.knapsack", {"levels": Name("structure_levels"), "errors": "weights"}),
+    "refilled_levels": ("levels.gptq", {"parent": "sparse", "keep_zeros": False}),
+    "refilled": ("search.uniform", {"parent": "sparse", "levels": Name("refilled_levels"), "bits": 4.0}),
+}
+
+# The linear layers of the language model's two blocks.
+LAYERS = [
+    f"model.layers.{block}.{part}_proj"
+    for block in range(2)
+    for part in (*(f"self_attn.{letter}" for letter in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
+]
+
+# Methods that are tried on another one's result instead of the whole model.
+AFTER: dict[str, tuple[str, dict[str, Value]]] = {
+    "prune.cut": ("prune.magnitude", {"structure": "neurons"}),
+}
+
+# What keeps every evolutionary search small.
+SEARCH: dict[str, Value] = {
+    "generations": 2, "children": 4, "survivors": (2, 1), "tokens": (48, 96), "calibration_tokens": 200,
+    "holdout_tokens": 64, "score_every": 1,
+}  # fmt: skip
 
 # What keeps one of them small or lets it be felt, where the table above does not.
 SMALL_OF: dict[str, dict[str, Value]] = {
     "model.new": {"hidden": 16, "heads": 4, "kv_heads": 2, "mlp": 64, "vocabulary": 384, "tokenizer": "authors/full"},
+    "prune.sparsegpt": {"block": 8},
+    "levels.magnitude": {"levels": 3},
+    "levels.wanda": {"levels": 3, "calibration_tokens": 64},
+    "levels.sparsegpt": {"levels": 3, "calibration_tokens": 64, "block": 8},
+    "prune.rtn": {"bits": 3, "group": 8},
+    "prune.gptq": {"bits": 3, "group": 8},
+    "levels.rtn": {"group": 8},
+    "levels.gptq": {"group": 16, "calibration_tokens": 64},
+    "levels.tyr": {"least_neurons": 8, "calibration_tokens": 64},
+    "search.layerwise": {"levels": Name("bit_levels")},
+    "search.evopress_bits": {"levels": Name("bit_levels"), "generations": 3, "children": 4, "survivors": (2, 1),
+                             "tokens": (48, 96), "calibration_tokens": 200, "holdout_tokens": 64, "score_every": 1,
+                             "initial_candidates": 3, "initial_tokens": 48},
+    "search.evopress_depth": {"generations": 3, "children": 2, "survivors": (2, 1), "tokens": (48, 96),
+                              "calibration_tokens": 200, "holdout_tokens": 64, "score_every": 1,
+                              "initial_candidates": 3, "initial_tokens": 48},
+    "search.evopress": {"generations": 2, "children": 4, "survivors": (2, 1), "tokens": (48, 96),
+                        "calibration_tokens": 200, "holdout_tokens": 64, "score_every": 1},
+    "search.tyr": {"levels": Name("structure_levels"), "generations": 2, "children": 4, "survivors": (3, 2),
+                   "tokens": (48, 96), "calibration_tokens": 200, "holdout_tokens": 64, "score_every": 1},
+    "search.block_scores": {"calibration_tokens": 64},
+    "prune.shortgpt": {"calibration_tokens": 64},
+    "prune.evopress": {"levels": 3, "database_tokens": 64, **SEARCH},
+    "prune.evopress_bits": {"group": 16, "database_tokens": 64, "initial_candidates": 3, "initial_tokens": 48,
+                            **SEARCH},
+    "prune.evopress_depth": {**SEARCH, "children": 2, "initial_candidates": 3, "initial_tokens": 48},
+    "prune.tyr": {"rounds": 2, "least_neurons": 8, "database_tokens": 64, **SEARCH},
+    "search.knapsack": {"calibration_tokens": 64},
     "unlearn.undial": {"alpha": 0.5},
     "unlearn.kfade": {"curvature": "kfac", "kl_budget": 0.2},
     "perplexity": {"data": "authors/text[0:20]"},
@@ -145,6 +238,8 @@ class Change:
     value: Value
     beside: Mapping[str, Value] = field(default_factory=dict)
     parent: str = "whole"
+    # with the first value the model is refused
+    refused: bool = False
 
 
 # Second values for options whose type suggests none, or which count only beside another: by name or full name.
@@ -163,6 +258,15 @@ SECOND: dict[str, Change] = {
     "clip": Change(0.01),
     "context_tokens": Change(36),
     "keep_zeros": Change(False, parent="sparse"),
+    **{
+        f"prune.{name}:keep_zeros": Change(False, parent="sparse", refused=True)
+        for name in ("svd", "fwsvd", "drank", "modegpt")
+    },
+    "prune.svd:alpha": Change(0.25, {"whitening": "diagonal"}),
+    "search.ecoflap:levels": Change(Name("sparser_levels")),
+    "prune.drank:beta": Change(0.4, {"keep": 0.25}),
+    "prune.modegpt:parts": Change(("mlp", "vo", "qk")),
+    "prune.modegpt:max_sparsity": Change(0.3, {"epsilon": 0.01}),
     "probe": Change(("retain=authors/retain90[0:2]",)),
     "checkpoints": Change((2,)),
     "loss": Change(Call("cross_entropy", (("label_smoothing", 0.1),))),
@@ -184,9 +288,83 @@ SECOND: dict[str, Change] = {
     "train.saf:minus_epochs": Change(2, TRAJECTORY),
     "train.saf:decay": Change(0.5, TRAJECTORY | {"variant": "mesa"}),
     "scale_by_temperature": Change(False, {"temperature": 2.0}),
+    "calibration_tokens": Change(400),
     "pattern": Change("2:4", {"sparsity": None, "pattern": "1:4"}),
+    "train.sparse:sparsity": Change(0.5),
+    "train.sparse:start_sparsity": Change(0.05),
+    "train.sparse:masked_decay": Change(0.5, {"update": "straight_through", "sparsity": 0.5}),
+    "train.sparse:update": Change("straight_through", {"sparsity": 0.5}),
     "warmup_steps": Change(2),
     "warmup_share": Change(0.4),
+    "prune.sparsegpt:threshold": Change("block", {"sparsity": 0.51}),
+    "levels.sparsegpt:threshold": Change("block", {"sparsity": 0.51, "weights_step": 16}),
+    "prune.gptq:block": Change(4),
+    "prune.gptq:static_groups": Change(True, {"block": 4}),
+    "levels.tyr:sparsity": Change(0.0),
+    "levels.tyr:step": Change(0.25),
+    "levels.tyr:levels": Change(3),
+    "levels.tyr:least_neurons": Change(16),
+    "levels.tyr:head_rounds": Change(4, {"heads": "query"}),
+    "levels.tyr:neuron_rounds": Change(1),
+    "levels.tyr:rounding": Change("official", {"sparsity": 0.5001}),
+    "levels.tyr:calibration_tokens": Change(400),
+    "prune.llm_pruner:sparsity": Change(0.25),
+    "prune.llm_pruner:first": Change(1, {"sparsity": 0.25}),
+    "prune.llm_pruner:end": Change(1, {"sparsity": 0.25}),
+    "levels.gptq:block": Change(4),
+    "levels.gptq:bits": Change((2, 3)),
+    "levels.rtn:bits": Change((2, 3)),
+    "search.layerwise:levels": Change(Name("other_bit_levels")),
+    "search.evopress_bits:levels": Change(Name("other_bit_levels")),
+    "search.evopress_bits:survivors": Change((3, 1)),
+    "search.evopress_depth:survivors": Change((1, 1)),
+    "search.evopress_depth:whole_blocks": Change(
+        True, {"children": 1, "survivors": (1, 1), "initial_candidates": 2}
+    ),
+    **{f"search.evopress_{name}:tokens": Change((48, 120)) for name in ("bits", "depth")},
+    **{f"search.evopress_{name}:top_k": Change(4, {"fitness": "sparse_kl"}) for name in ("bits", "depth")},
+    **{f"search.evopress_{name}:holdout": Change(OTHER_DATA) for name in ("bits", "depth")},
+    **{
+        f"search.evopress_{name}:holdout_tokens": Change(80, {"holdout": OTHER_DATA})
+        for name in ("bits", "depth")
+    },
+    "search.tyr:levels": Change(Name("other_structure_levels")),
+    "search.evopress:survivors": Change((3, 1)),
+    "search.tyr:survivors": Change((2, 1)),
+    # So many children that one is equal to its parent, and one has a layer two levels up.
+    "search.evopress:allow_parent": Change(True, {"children": 40}),
+    "search.tyr:allow_parent": Change(True, {"children": 12}),
+    "search.evopress:max_level": Change(1, {"children": 40}),
+    "search.evopress:max_total_deviation": Change(2, {"children": 40}),
+    **{f"search.{name}:tokens": Change((48, 120)) for name in ("evopress", "tyr")},
+    **{f"search.{name}:top_k": Change(4, {"fitness": "sparse_kl"}) for name in ("evopress", "tyr")},
+    **{f"search.{name}:holdout": Change(OTHER_DATA) for name in ("evopress", "tyr")},
+    **{f"search.{name}:holdout_tokens": Change(80, {"holdout": OTHER_DATA}) for name in ("evopress", "tyr")},
+    # Two blocks can lose one of them and no other share.
+    **{
+        f"search.{name}:sparsity": Change(0.5, {"sparsity": 0.25}, refused=True)
+        for name in ("evopress_depth", "block_scores")
+    },
+    "search.block_scores:unit": Change("sub_block", {"score": "kl"}),
+    "search.uniform:level": Change("1"),
+    "search.uniform:bits": Change(3.0, {"levels": Name("bit_levels"), "bits": 4.0}),
+    "search.knapsack:bits": Change(3.0, {"levels": Name("bit_levels"), "bits": 4.0}),
+    "search.knapsack:calibration_tokens": Change(400),
+    **{f"prune.{name}:survivors": Change((3, 1)) for name in ("evopress", "evopress_bits", "tyr")},
+    "prune.evopress_depth:survivors": Change((1, 1)),
+    **{
+        f"prune.{name}:holdout": Change(OTHER_DATA)
+        for name in ("evopress", "evopress_bits", "evopress_depth", "tyr")
+    },
+    **{
+        f"prune.{name}:tokens": Change((48, 120))
+        for name in ("evopress", "evopress_bits", "evopress_depth", "tyr")
+    },
+    "prune.evopress_bits:widths": Change((2, 3)),
+    "search.published:assignment": Change("assignments/other"),
+    "prune.assigned:keep_zeros": Change(
+        False, {"levels": Name("refilled_levels"), "assignment": Name("refilled")}, parent="sparse"
+    ),
     "targets": Change(("q_proj",)),
     "annotations": Change("answer"),
     "quantile": Change(0.25, {"keep": "above"}),
@@ -257,6 +435,9 @@ SECOND: dict[str, Change] = {
     "speed:seconds": Change(0.1),
 }
 
+# Shared options that a method refuses in a sentence, whatever their value.
+REFUSED: dict[str, tuple[str, ...]] = {"train.sparse": ("adapter",)}
+
 # Options of evaluations that may only move the last bits, and are no How because on a card they do.
 LAST_BITS = ("batch",)
 
@@ -323,7 +504,7 @@ def _classifiers(kind: str) -> dict[str, Path]:
 
 @cache
 def sets() -> Path:
-    """Data sets that are not built in: lying (0) and standing (1) marks on pictures of 6 x 6, and four words a row."""
+    """Data that is not built in: lying (0) and standing (1) marks on pictures of 6 x 6, four words a row, levels."""
     folder = _kept()
     draw, rows = random.Random(0).random, []
     for number in range(36):
@@ -339,6 +520,10 @@ def sets() -> Path:
     (folder / "words").mkdir()
     words = "".join(json.dumps({"words": list(four)}) + "\n" for four in ("abcd", "eotn", "risl"))
     (folder / "words" / "quadruples.jsonl").write_text(words, encoding="utf-8")
+    (folder / "assignments").mkdir()
+    for name, changed in (("evopress", {"k": 1, "v": -1}), ("other", {"k": -1, "v": 1})):
+        text = "".join(f"{layer}: {changed.get(layer[-6], 0)}\n" for layer in LAYERS)
+        (folder / "assignments" / f"{name}.txt").write_text(text, encoding="utf-8")
     return folder
 
 
@@ -507,7 +692,19 @@ class Outcome:
         """
         if (self.folder / "model").is_dir():
             return tensors(self.folder / "model")
-        return {name: tensor for name, tensor in tensors(self.folder / "files").items() if tensor.ndim == 1}
+        found = {name: tensor for name, tensor in tensors(self.folder / "files").items() if tensor.ndim == 1}
+        return found | self.levels
+
+    @cached_property
+    def levels(self) -> dict[str, Tensor]:
+        """Every matrix of a level database by layer and level."""
+        from methods.levels._database import Database
+
+        if not (self.folder / "files" / "levels.json").is_file():
+            return {}
+        database = Database.open(self.folder / "files")
+        pairs = [(unit.name, level.name) for unit in database.units for level in unit.levels]
+        return {f"{unit}/{level}": database.weight(unit, level) for unit, level in pairs}
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -567,10 +764,30 @@ def run(
     found = catalogue().method(name)
     kind = models_of or kind_of(found)
     config = through_json(resolved(found, small_options(found, kind) | options))
-    folder = at.fresh()
-    parents = references(config, at, kind)
+    if is_shorthand(found):
+        return _run_steps(found, config, at, seed, parent, check)
+    return _run(found, config, at, seed, parent, kind, check, {})
+
+
+def _run_steps(found: Found, config: Any, at: World, seed: int, parent: str, check: bool) -> Outcome:
+    """Every step that a shorthand stands for, as the planner writes them; what the last one left."""
+    made: dict[str, Outcome] = {}
+    for step, call in steps_of(found, config):
+        method = catalogue().method(call.name)
+        own = through_json(resolved(method, dict(call.options)))
+        before = {name: outcome.folder / "files" for name, outcome in made.items()}
+        made[step.name] = _run(method, own, at, seed, parent, kind_of(method), check, before)
+    return made[step.name]
+
+
+def _run(
+    found: Found, config: Any, at: World, seed: int, parent: str, kind: str, check: bool,
+    before: Mapping[str, Path],
+) -> Outcome:  # fmt: skip
+    name, folder = found.name, at.fresh()
+    parents = references(config, at, kind, before)
     if needs_model(found):
-        parents["model"] = at.of_kind(kind)[parent]
+        parents["model"] = _after(name) if name in AFTER else at.of_kind(kind)[parent]
     _seed(seed)
     stage = Stage(method=name, **_common(found, config, seed, parents, folder))
     module = found.load()
@@ -661,8 +878,27 @@ def needed_options(found: Found) -> dict[str, Value]:
 
 def _named(option: OptionField, number: int) -> Value:
     """A result that a reference option may name, or a list of that one."""
-    name = Name(NAMED[option.part][number])
+    name = Name(names_for(option)[number])
     return (name,) if option.several else name
+
+
+def names_for(option: OptionField) -> tuple[str, ...]:
+    """The results that a reference option may name."""
+    return NAMED_OPTION.get(option.name, NAMED[option.part])
+
+
+@cache
+def _after(name: str) -> Path:
+    """The model that a method is tried on which needs another one's result."""
+    method, options = AFTER[name]
+    return run(method, check=False, **options).folder / "model"
+
+
+@cache
+def bundle(name: str) -> Path:
+    """The ``files/`` folder of another method's result."""
+    method, options = BUNDLES[name]
+    return run(method, check=False, **options).folder / "files"
 
 
 def kind_of(found: Found) -> str:
@@ -691,19 +927,25 @@ def through_json(call: Resolved) -> Any:
     return decode_config(type(call.config), json.loads(text))
 
 
-def references(config: Any, at: World, kind: str) -> dict[str, Path]:
-    """The folders that a config's reference options mean."""
+def references(
+    config: Any, at: World, kind: str, before: Mapping[str, Path] = types.MappingProxyType({})
+) -> dict[str, Path]:
+    """The folders that a config's reference options mean; ``before`` are those of earlier steps of a shorthand."""
     named = {
         option.name: getattr(config, option.name)
         for option in fields_of(config.__class__)
         if option.reference
     }
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in named.items():
         several = value if isinstance(value, tuple) else ()
         found |= {f"{name}.{number}": one for number, one in enumerate(several, start=1)}
         found |= {name: value} if isinstance(value, Parent) else {}
-    return {name: at.of_kind(kind)[value.id] for name, value in found.items()}
+    return {name: before.get(value.id) or _place(value.id, at, kind) for name, value in found.items()}
+
+
+def _place(name: str, at: World, kind: str) -> Path:
+    return bundle(name) if name in BUNDLES else at.of_kind(kind)[name]
 
 
 @dataclass(frozen=True)
@@ -723,6 +965,7 @@ def cases(found: Found) -> list[Case]:
     return [
         Case(found, option, change)
         for option in fields_of(found.load().Config)
+        if option.name not in REFUSED.get(found.name, ())
         for change in changes(found, option)
     ]
 
@@ -758,7 +1001,7 @@ def fits(found: Found, options: Mapping[str, Value]) -> bool:
 def guesses(option: OptionField, now: Value) -> Iterator[Value]:
     """Values to try as a second one, by kind and type."""
     if option.reference:
-        values = [_named(option, number) for number in range(len(NAMED[option.part]))]
+        values = [_named(option, number) for number in range(len(names_for(option)))]
         yield from (value for value in reversed(values) if value != now)
     elif option.kind is not None and option.kind != "dataset":
         current = now.name if isinstance(now, (Component, Call)) else None
@@ -875,7 +1118,8 @@ def main(arguments: list[str]) -> int:
     if arguments != ["--write"]:
         print("usage: python -m tests.generic --write", file=sys.stderr)
         return 2
-    numbers = {name: numbers_of(name) for name in sorted(catalogue().methods)}
+    stages = (name for name, found in catalogue().methods.items() if not is_shorthand(found))
+    numbers = {name: numbers_of(name) for name in sorted(stages)}
     NUMBERS.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     print(f"{NUMBERS} has the numbers of {len(numbers)} methods.")
     return 0

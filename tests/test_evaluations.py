@@ -16,6 +16,7 @@ from evaluations._known import choice
 from evaluations._likelihood import generate
 from evaluations.perplexity import windows
 from methods import world
+from methods.architectures import shrink
 from methods.checkpoint import Models, load_model, load_tokenizer, save_model
 from methods.data import Locator, Style, encode_pairs
 from methods.find import EVALUATIONS, catalogue
@@ -301,13 +302,29 @@ def test_size_and_speed_look_at_the_physically_smaller_form(model: Path, tmp_pat
     assert all(
         row.task.startswith("physical=true prompt_tokens=8 new_tokens=4 batch=1 device=") for row in rows
     )
-    assert [row.metric for row in rows] == [
+    *phases, memory = rows
+    assert [row.metric for row in phases] == [
         f"{phase}_{what}"
         for phase in ("prefill", "decode")
         for what in ("tokens_per_second", "joules_per_token")
     ]
-    assert all(row.value > 0 for row in rows)
-    assert {row.unit for row in rows} <= {"tokens/s", "J/token estimated", "J/token measured"}
+    assert all(row.value > 0 for row in phases)
+    assert {row.unit for row in phases} <= {"tokens/s", "J/token estimated", "J/token measured"}
+    weights = 400 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 24 + 2 * 16) + 16
+    cached = 2 * 2 * 16 * (8 + 4)  # two layers, keys and values, 16 numbers for each of the tokens
+    assert (memory.metric, memory.value) == ("memory_bytes", 4 * (weights + cached))
+
+
+def test_an_attention_that_is_gone_takes_no_memory_for_keys_and_values(model: Path, tmp_path: Path) -> None:
+    both, masked = tmp_path / "both", load_model(model)
+    save_model(masked, both, source=model)
+    masked.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    save_model(shrink(masked), both / "physical", source=model)
+    options = {"prompt_tokens": 8, "new_tokens": 4, "repeats": 2, "seconds": 0.01}
+    whole, cut = (
+        value(evaluate("speed", at, tmp_path / "out", **options), "memory_bytes") for at in (model, both)
+    )
+    assert whole - cut == 4 * (4 * 16 * 16 + 16 + 2 * 16 * 12)
 
 
 def test_speed_refuses_more_tokens_than_the_model_has_places(model: Path, tmp_path: Path) -> None:

@@ -19,6 +19,13 @@ Spec = Mapping[str, Any]
 PROBE, ACCURACY = "probe.", ".accuracy"
 NARROW_LOGARITHM = 20.0
 """A logarithmic axis whose ends are closer than this factor gets plain numbers."""
+_TERMS = {
+    "learning_rate": "learning rate",
+    "gradient_norm": "gradient norm",
+    "tokens": "tokens forwarded",
+    "fitness": "fitness of the parent, each on a new batch",
+    "holdout": "fitness on one held-out batch",
+}
 _DIRECTIONS = {
     "higher": "higher is better",
     "lower": "lower is better",
@@ -54,7 +61,7 @@ def term_label(name: str, logged: Collection[str] = ()) -> str:
     if name.startswith(PROBE):
         per = "case" if f"{name}{ACCURACY}" in logged else "token"
         return f"{probe_name(name)} NLL of the probe (nats/{per})"
-    return {"learning_rate": "learning rate", "gradient_norm": "gradient norm"}.get(name, f"loss term {name}")
+    return _TERMS.get(name, f"loss term {name}")
 
 
 def probe_name(term: str) -> str:

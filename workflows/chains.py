@@ -5,8 +5,8 @@ Nothing here loads torch; nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from workflows.options import OptionField, Resolved, encode_config, encode_what,
 from workflows.parts import TASKS, example, listed, needs_model, parts_of, tasks_of
 from workflows.record import Job, ParentRef, Part, digest, file_sha256
 from workflows.settings import Settings
+from workflows.shorthands import Shorthand, is_shorthand, steps_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Point:
 
     ``chain`` is empty for a result inside a chain. ``step`` is None at the end of a chain, else on its trajectory: the
     step of a kept model, or 0 for the model that the last stage started from. ``before`` is that starting point.
-    ``task`` is what its model is for, one of ``workflows.parts.TASKS``.
+    ``task`` is what its model is for, one of ``workflows.parts.TASKS``. ``shorthand`` is how the last stage was written
+    where that was one call for several stages.
     """
 
     chain: str
@@ -47,6 +49,32 @@ class Point:
     step: int | None = None
     before: Point | None = None
     task: str = "language"
+    shorthand: Shorthand | None = None
+
+    @property
+    def family(self) -> str:
+        """The family of the last stage as it was written."""
+        written = self.shorthand or self.job
+        return written.family if written else "model"
+
+    @property
+    def method(self) -> str:
+        """The method of the last stage as it was written; empty for a model that was found."""
+        written = self.shorthand or self.job
+        return written.method if written else ""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The options of the last stage as it was written."""
+        written = self.shorthand or self.job
+        return written.config if written else {}
+
+    @property
+    def last_jobs(self) -> tuple[Job, ...]:
+        """The jobs of the last stage: several where it was written as a shorthand."""
+        if self.shorthand is not None:
+            return self.shorthand.jobs
+        return () if self.job is None else (self.job,)
 
     @property
     def shown_seed(self) -> int | None:
@@ -103,6 +131,16 @@ def _as_text(assignment: Assignment) -> Assignment:
     return tuple(
         (key, notation.format_value(v) if isinstance(v, (Call, Name)) else v) for key, v in assignment
     )
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a call's references are looked up in: the member that makes them, and the steps of a shorthand before it."""
+
+    member: Member | None
+    seed: int
+    steps: Mapping[str, Point] = field(default_factory=dict)
+    shorthand: str | None = None
 
 
 class Builder:
@@ -297,7 +335,25 @@ class Builder:
         assert isinstance(call, Call)
         found = self.catalogue.method(call.name)
         self._check_start(found, parent)
-        resolved, references = self.resolved(call, found, member, seed)
+        if is_shorthand(found) and parent is not None:
+            return self._steps(call, found, parent, member, seed)
+        return self._one_stage(call, found, parent, Scope(member, seed))
+
+    def _steps(self, call: Call, found: Found, parent: Point, member: Member | None, seed: int) -> Point:
+        """The last of the stages that a shorthand stands for, told by the shorthand."""
+        resolved, _ = self.resolved(call, found, Scope(member, seed))
+        made: dict[str, Point] = {}
+        for step, written in steps_of(found, resolved.config):
+            method = self.catalogue.method(written.name)
+            scope = Scope(member, seed, made, found.name)
+            made[step.name] = self._one_stage(written, method, parent, scope)
+        jobs = tuple(point.job for point in made.values() if point.job is not None)
+        whole = Shorthand(found.name, encode_config(resolved.config), jobs)
+        return replace(made[step.name], label=f"{parent.label} > {resolved.label}", shorthand=whole)
+
+    def _one_stage(self, call: Call, found: Found, parent: Point | None, scope: Scope) -> Point:
+        seed = scope.seed
+        resolved, references = self.resolved(call, found, scope)
         if parent is not None:
             self._check_components(resolved, parent)
         parents = ({} if parent is None else {"model": parent}) | references
@@ -305,7 +361,14 @@ class Builder:
         seeded_here = bool(found.load().SEEDED)
         label = resolved.label if parent is None else f"{parent.label} > {resolved.label}"
         job = self.job(
-            "stage", call.name, f"{call.name}-", label, resolved, parents, seed if seeded_here else None
+            "stage",
+            call.name,
+            f"{call.name}-",
+            label,
+            resolved,
+            parents,
+            seed if seeded_here else None,
+            scope.shorthand,
         )
         self.check(resolved, job)
         seeded = seeded_here or any(point.seeded for point in parents.values())
@@ -348,14 +411,13 @@ class Builder:
         key = next(key for key in ("new", "hf", "path", "data") if getattr(spec, key) is not None)
         return f" ({key}: {getattr(spec, key)})"
 
-    def resolved(
-        self, call: Call, found: Found, member: Member | None, seed: int
-    ) -> tuple[Resolved, dict[str, Point]]:
+    def resolved(self, call: Call, found: Found, scope: Scope) -> tuple[Resolved, dict[str, Point]]:
         """A call with its complete config, and the results that its options name."""
         references: dict[str, Point] = {}
 
         def refer(option: OptionField, name: Name) -> Parent:
-            point = self._part(call, option, name, self.reference(name, member, seed))
+            named = scope.steps.get(name.text) or self.reference(name, scope.member, scope.seed)
+            point = self._part(call, option, name, named)
             if option.part == "model":
                 self.check_task(found, point, f"{option.name}={notation.format_name(name)}")
             references[_place(option, references)] = point
@@ -381,7 +443,7 @@ class Builder:
         )
 
     def job(self, kind: Any, method: str, prefix: str, label: str, resolved: Resolved,
-            parents: dict[str, Point], seed: int | None) -> Job:  # fmt: skip
+            parents: dict[str, Point], seed: int | None, shorthand: str | None = None) -> Job:  # fmt: skip
         """The job of a call; the same job where it is asked for again."""
         what = encode_what(resolved.config, self.catalogue)
         content = {name: self.content(name) for name in self._data_sets(resolved)}
@@ -396,7 +458,7 @@ class Builder:
                 id=job_id, digest=full, recipe=digest(recipe), kind=kind, method=method, label=label,
                 config=encode_config(resolved.config), seed=seed, code=code_digests, content=content,
                 parents={key: point.parent for key, point in parents.items()},
-                resources=self._resources(method), **self._surroundings,
+                resources=self._resources(method, shorthand), **self._surroundings,
             )  # fmt: skip
         _keep_too(self.jobs[job_id], getattr(resolved.config, "checkpoints", ()))
         return self.jobs[job_id]
@@ -439,11 +501,11 @@ class Builder:
             self._digests[name] = self.locator.digest(name)
         return self._digests[name]
 
-    def _resources(self, method: str) -> dict[str, float]:
+    def _resources(self, method: str, shorthand: str | None) -> dict[str, float]:
+        """What is asked for a method, else for the shorthand that it is a step of, its family, or every job."""
         asked = self.experiment.resources
-        chosen = (
-            asked.get(method) or asked.get(method.partition(".")[0]) or asked.get("default") or Resources()
-        )
+        names = (method, shorthand, method.partition(".")[0], "default")
+        chosen = next((asked[name] for name in names if name is not None and name in asked), Resources())
         return {key: value for key, value in chosen.model_dump().items() if value is not None}
 
 

@@ -33,6 +33,7 @@ from workflows.record import (
     read_record,
     write_atomic,
 )
+from workflows.specs import PROFILE
 
 RESULT_COLUMNS = (
     "experiment", "chain", "label", "model_id", "score_id", "base", "family", "method", "options", "swept", "seed",
@@ -96,6 +97,7 @@ class Collector:
             yield from self._score_rows(shown)
         for point in self._points:
             yield from self._cost_rows(point)
+            yield from self._profile_rows(point)
 
     @cached_property
     def _points(self) -> list[Point]:
@@ -106,11 +108,10 @@ class Collector:
         return list(points.values())
 
     def _base_row(self, point: Point) -> RowDict:
-        job = point.job
         return {
             "experiment": self.plan.experiment.name, "chain": point.chain, "label": point.chain_label,
-            "model_id": point.parent.shown, "base": point.base, "family": job.family if job else "model",
-            "method": job.method if job else "", "options": _json(job.config) if job else "{}",
+            "model_id": point.parent.shown, "base": point.base, "family": point.family,
+            "method": point.method, "options": _json(point.config),
             "swept": _json(dict(point.swept)), "seed": point.shown_seed, "step": point.step,
         }  # fmt: skip
 
@@ -146,22 +147,41 @@ class Collector:
             status = self._status_behind(point.job)
             yield row | _cost("energy", "stage_kwh", None, "kWh", "lower") | {"status": status}
             return
-        others = [self.record(job.id) for job in self._ancestors(point.job) if job.id != point.job.id]
+        last = self._last_records(point)
+        behind = {job.id for job in point.last_jobs}
+        others = [self.record(job.id) for job in self._ancestors(point.job) if job.id not in behind]
         before = [each for each in others if each is not None]
-        kwh, seconds = self._spent(point, record)
+        kwh, seconds = self._spent(point, last)
         chain_kwh = None if kwh is None else kwh + sum(each.energy["total_kwh"] for each in before)
         chain_seconds = None if seconds is None else seconds + sum(each.seconds_inside for each in before)
-        yield row | _cost("energy", "stage_kwh", kwh, _unit([record]), "lower")
-        yield row | _cost("energy", "chain_kwh", chain_kwh, _unit([record, *before]), "lower")
+        yield row | _cost("energy", "stage_kwh", kwh, _unit(last), "lower")
+        yield row | _cost("energy", "chain_kwh", chain_kwh, _unit([*last, *before]), "lower")
         yield row | _cost("time", "stage_seconds", seconds, "s", "lower")
         yield row | _cost("time", "chain_seconds", chain_seconds, "s", "lower")
-        yield row | _cost("memory", "stage_peak_mb", record.peak_memory_mb, "MB", "lower")
+        yield row | _cost("memory", "stage_peak_mb", max(each.peak_memory_mb for each in last), "MB", "lower")
+        yield from (row | cost for cost in _token_costs(last, before))
 
-    def _spent(self, point: Point, record: Record) -> tuple[float | None, float | None]:
+    def _profile_rows(self, point: Point) -> Iterator[RowDict]:
+        """What every layer got, where the last stage notes a profile (``prune.assigned``)."""
+        record = self.record(point.job.id) if point.job and point.step is None else None
+        for noted in record.notes.get("profile", ()) if record else ():
+            yield self._base_row(point) | {
+                "score_id": "", "evaluation": PROFILE, "entry": PROFILE, "task": noted["unit"],
+                "metric": noted["metric"], "value": noted["value"], "stderr": None, "n": None,
+                "unit": "bits/weight" if noted["metric"] == "bits" else "", "better": "", "status": "ok",
+            }  # fmt: skip
+
+    def _last_records(self, point: Point) -> list[Record]:
+        """The records of the last stage: several where it was written as a shorthand."""
+        found = [self.record(job.id) for job in point.last_jobs]
+        return [record for record in found if record is not None]
+
+    def _spent(self, point: Point, last: list[Record]) -> tuple[float | None, float | None]:
         """Energy in kWh and seconds of the last stage, up to the step that the point is; None where it is not known."""
         if point.parent.step is None:
-            return float(record.energy["total_kwh"]), record.seconds_inside
-        spent = self.store.spent_at_step(record).get(str(point.parent.step), {})
+            kwh = sum(float(each.energy["total_kwh"]) for each in last)
+            return kwh, sum(each.seconds_inside for each in last)
+        spent = self.store.spent_at_step(last[-1]).get(str(point.parent.step), {})
         return spent.get("kwh"), spent.get("seconds")
 
     def _ancestors(self, job: Job) -> list[Job]:
@@ -208,17 +228,22 @@ class Collector:
     def curves(self) -> Iterator[RowDict]:
         """All rows of curves.csv: every logged term of every shown stage."""
         for point in self._points:
-            record = self.record(point.job.id) if point.job and point.step is None else None
-            if record is None:
-                continue
-            path = self.store.result(record.id) / "curve.csv"
-            if path.is_file():
-                with open(path, encoding="utf-8", newline="") as file:
-                    for line in csv.DictReader(file):
-                        yield {
-                            "chain": point.chain, "label": point.label, "model_id": record.id,
-                            "seed": point.shown_seed, "method": record.method, **line,
-                        }  # fmt: skip
+            if point.step is None:
+                yield from self._curve(point)
+
+    def _curve(self, point: Point) -> Iterator[RowDict]:
+        """The stages of a shorthand stand one after the other, as one curve: steps and tokens of the next count on."""
+        records, steps, tokens = self._last_records(point), 0, 0.0
+        for record in records:
+            lines = _logged(self.store.result(record.id) / "curve.csv")
+            for line in lines:
+                counted = {"value": float(line["value"]) + tokens} if tokens and line["term"] == "tokens" else {}
+                yield {
+                    "chain": point.chain, "label": point.label, "model_id": records[-1].id, "seed": point.shown_seed,
+                    "method": record.method, **line, "step": int(line["step"]) + steps, **counted,
+                }  # fmt: skip
+            steps += max((int(line["step"]) for line in lines), default=0)
+            tokens += max((float(line["value"]) for line in lines if line["term"] == "tokens"), default=0.0)
 
     # - the experiment itself
 
@@ -253,6 +278,7 @@ class Collector:
         claims = []
         table = catalogue(self.plan.settings.methods)
         methods = dict.fromkeys(job.method for job in self.plan.jobs.values() if job.kind == "stage")
+        methods |= dict.fromkeys(point.method for point in self._points if point.shorthand is not None)
         for name in methods:
             for claim in getattr(table.method(name).load(), "CLAIMS", ()):
                 claims.append({"method": name, **dataclasses.asdict(claim)})
@@ -295,6 +321,26 @@ def _cost(evaluation: str, metric: str, value: float | None, unit: str, better: 
         "evaluation": evaluation, "entry": evaluation, "task": "", "metric": metric, "value": value, "stderr": None,
         "n": None, "unit": unit, "better": better, "status": "missing" if value is None else "ok",
     }  # fmt: skip
+
+
+def _logged(path: Path) -> list[dict[str, str]]:
+    """What a stage logged: step, term and value of every line; nothing where there is no such file."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _token_costs(last: list[Record], before: list[Record]) -> Iterator[RowDict]:
+    """Tokens that searches have put through the model; no rows where nothing was searched."""
+    stage, chain = _forwarded(last), _forwarded([*last, *before])
+    if chain:
+        yield _cost("tokens", "stage_forwarded", stage, "tokens", "lower")
+        yield _cost("tokens", "chain_forwarded", chain, "tokens", "lower")
+
+
+def _forwarded(records: list[Record]) -> float:
+    return float(sum(record.notes.get("tokens_forwarded", 0) for record in records))
 
 
 def _energy_value(record: Record) -> tuple[float, str]:

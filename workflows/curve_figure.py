@@ -1,6 +1,7 @@
-"""Learning curves: logged terms over the optimizer step, with the seeds as a band or as thin lines.
+"""Learning curves: logged terms over the step, with the seeds as a band or as thin lines.
 
-A panel for each term compares chains; a panel for each chain (or model, or method) compares terms, such as the
+A step is an optimizer step, or a generation of a search; ``along`` names a term that was logged at the same steps, such
+as the tokens of a search, to be drawn over instead. A panel for each term compares chains; a panel for each chain (or model, or method) compares terms, such as the
 accuracy on the training and on the test cases, whose distance in steps is what is called grokking.
 """
 
@@ -11,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from methods.stage import AssayError
-from workflows import draw
+from workflows import chance, draw
 from workflows.axes import ACCURACY, PROBE, Spec, finish, plain_logarithms, probe_name, term_label
 from workflows.curves import Line
 from workflows.lines import BANDS, band, mean_line
 from workflows.measured import ChainRun, Measured
-from workflows.specs import several
+from workflows.specs import STEP, several
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
 THIN = "Thin lines: every distinct result; strong lines: their means."
 PANELS_AT_MOST = 24
 IN_ONE_LINE, FEW_PANELS_INCHES = 3, 3.6
+TOKENS = "tokens"
 LETTERS_OF_A_TITLE, TICKS = (80, 46, 30, 22), (9, 6, 5, 4)
 """How much fits above and below a panel, by how many stand side by side."""
 
 
 @dataclass(frozen=True)
 class Traced:
-    """One term of one chain: (step, values of every run) over the common steps, what it is called and looks like."""
+    """One term of one chain: (x, values of every run) at the common steps, what it is called and looks like."""
 
     term: str
     chain: str
@@ -46,12 +48,13 @@ def curve(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str) -
     terms, by = several(spec["terms"]), spec.get("panels", "term")
     panels = _panels(measured, runs, spec)
     if not panels:
-        raise AssayError(f"figures.{name}: no chain here logged {' or '.join(terms)}.")
+        along = f" along {spec['along']}" if "along" in spec else ""
+        raise AssayError(f"figures.{name}: no chain here logged {' or '.join(terms)}{along}.")
     shown = dict(list(panels.items())[:PANELS_AT_MOST])
     image, axes = _canvas(len(shown), by)
     for each, (title, own) in zip(axes, shown.items(), strict=True):
         _draw(each, own, spec)
-        _named(each, own, spec, "" if by == "term" else title, set(measured.curves["term"]))
+        _named(each, own, spec, "" if by == "term" else title, _names(measured, runs, spec))
     if by != "term":
         _only_outer_labels(image, axes)
     styles = _term_styles(terms) if _is_both(by, terms) else []
@@ -79,8 +82,8 @@ def _panels(measured: Measured, runs: Sequence[ChainRun], spec: Spec) -> dict[st
     titles = terms if by == "term" else [_title(measured, run, by) for run in runs]
     for run_place, run in enumerate(runs):
         for term_place, term in enumerate(terms):
-            series = _over_steps([each.lines.get(term, ()) for each in run.distinct_curves])
-            series = [(step, values) for step, values in series if step > 0 or "x" not in spec.get("log", ())]
+            series = _series(run, term, spec.get("along"))
+            series = [(x, values) for x, values in series if x > 0 or "x" not in spec.get("log", ())]
             if series:
                 title = term if by == "term" else _title(measured, run, by)
                 place = term_place if by == "chain" else run_place
@@ -115,6 +118,15 @@ def _short(term: str) -> str:
     return f"{probe_name(term)} {kind}" if term.startswith(PROBE) else term.replace("_", " ")
 
 
+def _series(run: ChainRun, term: str, along: str | None) -> list[tuple[float, list[float]]]:
+    """Values by step, or by what the runs had on average logged of ``along`` at that step."""
+    series = _over_steps([each.lines.get(term, ()) for each in run.distinct_curves])
+    if along is None:
+        return series
+    places = dict(_over_steps([each.lines.get(along, ()) for each in run.distinct_curves]))
+    return [(chance.mean(places[step]), values) for step, values in series if step in places]
+
+
 def _over_steps(curves: Sequence[Line]) -> list[tuple[float, list[float]]]:
     """Values by step, over the steps that every run logged."""
     tables = [dict(line) for line in curves if line]
@@ -144,15 +156,48 @@ def _thin(axes: Axes, traced: Traced) -> None:
     mean_line(axes, traced.series, traced.place, traced.label, traced.look)
 
 
-def _named(axes: Axes, own: Sequence[Traced], spec: Spec, title: str, logged: Collection[str]) -> None:
-    from matplotlib.ticker import MaxNLocator
+def _names(measured: Measured, runs: Sequence[ChainRun], spec: Spec) -> dict[str, str]:
+    """What the axes of every term are called, and under ``step`` or the term of ``along`` that below them."""
+    logged, terms, along = set(measured.curves["term"]), several(spec["terms"]), spec.get("along", STEP)
+    names = {term: term_label(term, logged) for term in (*terms, along)}
+    names |= {term: f"{where} {_fitness(runs)}" for term, where in _SCORES.items() if term in names and _fitness(runs)}
+    return names if "along" in spec else names | {STEP: _step(runs, terms)}
 
-    kinds = dict.fromkeys(term_label(each.term, logged) for each in own)
-    finish(axes, spec, "optimizer step", next(iter(kinds)) if len(kinds) == 1 else _common(kinds))
+
+_SCORES = {"fitness": "searched", "holdout": "held-out"}
+_FITNESS = {
+    "kl": "KL from the dense model (nats/token)",
+    "sparse_kl": "KL over the kept words (nats/token)",
+    "ppl": "perplexity",
+}
+
+
+def _fitness(runs: Sequence[ChainRun]) -> str:
+    """What searches made small, where all of them say it and it is the same."""
+    found = {run.options.get("fitness") for run in runs if run.terms & set(_SCORES)}
+    return _FITNESS.get(found.pop(), "") if len(found) == 1 else ""
+
+
+def _step(runs: Sequence[ChainRun], terms: Sequence[str]) -> str:
+    """A search counts generations, everything else the optimizer's steps."""
+    methods = {method for run in runs for method in run.curves["method"][run.curves["term"].isin(terms)]}
+    searches = {method.startswith("search.") for method in methods}
+    return "step" if len(searches) > 1 else "generation" if searches == {True} else "optimizer step"
+
+
+def _named(axes: Axes, own: Sequence[Traced], spec: Spec, title: str, names: Mapping[str, str]) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    kinds, along = dict.fromkeys(names[each.term] for each in own), spec.get("along", STEP)
+    finish(axes, spec, names[along], next(iter(kinds)) if len(kinds) == 1 else _common(kinds))
     if "x" in spec.get("log", ()):
         plain_logarithms(axes, {"log": ["x"]})
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(TICKS[_across(axes) - 1], integer=True, steps=[1, 2, 5, 10]))
+        whole = along == STEP
+        axes.xaxis.set_major_locator(MaxNLocator(TICKS[_across(axes) - 1], integer=whole, steps=[1, 2, 5, 10]))
+    for axis, terms in ((axes.xaxis, {along}), (axes.yaxis, {each.term for each in own})):
+        if terms == {TOKENS}:
+            axis.set_major_formatter(EngFormatter(sep=" "))
     if title:
         draw.title(axes, title, LETTERS_OF_A_TITLE[_across(axes) - 1], 9.0)
 
@@ -184,6 +229,9 @@ def _caption(spec: Spec, left_out: int, panels: Mapping[str, Sequence[Traced]]) 
     missing = [term for term in several(spec["terms"]) if not any(each.term == term for own in panels.values()
                for each in own)]  # fmt: skip
     parts = [BANDS if spec.get("runs", "band") == "band" else THIN, f"{runs} for each line."]
-    parts += ["Step 0 is not shown on a logarithmic axis."] if "x" in spec.get("log", ()) else []
+    along = spec.get("along")
+    parts += [f"x: {along} at the same step, the mean over distinct results."] if along else []
+    zero = f"What has {along} 0" if along else "Step 0"
+    parts += [f"{zero} is not shown on a logarithmic axis."] if "x" in spec.get("log", ()) else []
     parts += [f"No chain here logged {' or '.join(missing)}."] if missing else []
     return " ".join(parts + ([f"{left_out} further panels are not shown."] if left_out else []))

@@ -1,9 +1,11 @@
-"""Figures of an experiment: scatter (Pareto), curve, sweep, matched, bars and plane, from a few words.
+"""Figures of an experiment: scatter (Pareto), curve, sweep, matched, bars, plane and profile, from a few words.
 
 ``frontier: {kind: scatter, x: forget10.forget_nll, y: tasks.acc, size: energy.chain_kwh, color: family}``
 ``grokking: {kind: curve, terms: [probe.train.accuracy, probe.test.accuracy], panels: chain, log: x}``
 ``quality: {kind: bars, metrics: [digits.accuracy, energy.chain_kwh relative to control], group: base}``
 ``circles: {kind: plane, entry: geometry, what: class_vectors}``
+``search: {kind: curve, terms: holdout, along: tokens}``
+``levels: {kind: profile, metric: sparsity, of: [searched, uniform]}``
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from workflows.lines import sweep
 from workflows.matched_figure import matched
 from workflows.measured import ChainRun, Measured
 from workflows.plane import plane
+from workflows.profile import profile
 from workflows.scatter import scatter
 
 if TYPE_CHECKING:
@@ -66,4 +69,5 @@ _KINDS: dict[str, Callable[[Measured, Sequence[ChainRun], Spec, str], tuple[Figu
     "matched": matched,
     "bars": bars,
     "plane": plane,
+    "profile": profile,
 }

@@ -66,6 +66,16 @@ use rule model as distill with:
         RUN.pattern("distill"),
 
 
+use rule model as levels with:
+    output:
+        RUN.pattern("levels"),
+
+
+use rule model as search with:
+    output:
+        RUN.pattern("search"),
+
+
 use rule model as prune with:
     output:
         RUN.pattern("prune"),

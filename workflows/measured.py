@@ -38,7 +38,7 @@ from workflows.columns import (
 from workflows.curves import Line, lines
 from workflows.reading import read_curves, read_experiment, read_jobs, read_rows, source_names
 from workflows.relative import changed
-from workflows.specs import CURVE, STEP, at_level, relative
+from workflows.specs import CURVE, PROFILE, STEP, at_level, relative
 from workflows.trajectory import SPENT, Trajectory, trajectories
 
 CLASSES_AT_MOST = 12
@@ -223,9 +223,10 @@ class Measured:
         scored = self.results[self.results["metric"] != ""]
         for owner in ("entry", "evaluation"):
             found = matching(scored[scored[owner] == head], rest)
-            if len(found) > CLASSES_AT_MOST and CLASS_TASK.fullmatch(found[0].task):
+            kind, each = ("profile", "layers") if head == PROFILE else ("plane", "classes")
+            if len(found) > CLASSES_AT_MOST and (head == PROFILE or CLASS_TASK.fullmatch(found[0].task)):
                 raise AssayError(
-                    f"{reference} is measured for {len(found)} classes; draw a figure of kind plane, or name one: "
+                    f"{reference} is measured for {len(found)} {each}; draw a figure of kind {kind}, or name one: "
                     f"{found[0].name}."
                 )
             if found:

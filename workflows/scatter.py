@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from methods.stage import AssayError
 from workflows import draw
-from workflows.axes import Spec, finish, quantity, quantity_label, sd_or_zero
+from workflows.axes import Spec, finish, plain_logarithms, quantity, quantity_label, sd_or_zero
 from workflows.columns import Cell, Column
 from workflows.draw import Label
 from workflows.grid import badness, scale, unit
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GROUPS = ("family", "method", "chain", "base", "source")
+NAMES_AT_MOST = 12
+"""With more points than this, members of a sweep that has a colour of its own are called by what is swept alone."""
 PLAIN_AREA, SMALLEST_AREA, LARGEST_AREA = 45.0, 16.0, 170.0
+LARGE = 1e5
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Scatter:
-    """What is plotted, and the factors that bring small energies to watt-hours."""
+    """What is plotted, and the factors that bring small energies to watt-hours.
+
+    ``swept`` says what the points of groups in ``families``, which are sweeps, are called by.
+    """
 
     points: list[Point]
     x: Column
     y: Column
     size: Column | None
     tint: Column | None
+    families: Sequence[str] = ()
+    swept: str = ""
 
     def factor(self, side: str) -> float:
         return scale(getattr(self, side), self.cells(side))
@@ -62,11 +70,14 @@ def scatter(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str)
     image, (axes,) = draw.new()
     finish(axes, spec, quantity_label(plot.x, plot.cells("x")), quantity_label(plot.y, plot.cells("y")))
     areas = _areas(plot)
+    _family_lines(axes, plot)
     handles = _dots(image, axes, plot, areas)
     best = front(plot) if spec.get("front", True) else []
     handles += _front_line(axes, plot, best) + _sizes(plot)
     draw.legend_below(image, handles, [handle.get_label() for handle in handles])
     axes.margins(0.12)
+    plain_logarithms(axes, spec)
+    _large_numbers(axes, plot, spec)
     line = list(zip(plot.means("x", best), plot.means("y", best), strict=True))
     draw.place_labels(image, axes, _labels(plot, areas), line)
     return image, _caption(plot, best)
@@ -94,19 +105,57 @@ def _collected(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: s
     if x is None or y is None:
         raise AssayError(f"figures.{name}: x and y are quantities such as forget10.model_utility.")
     sides = (x, y, size, tint)
-    points = [
-        Point(measured.shown_name(run), _group(run, color),
-              *(measured.cell(run, column) if column else Cell() for column in sides)) for run in runs
+    found = [
+        (run, Point(measured.shown_name(run), _group(run, color),
+                    *(measured.cell(run, column) if column else Cell() for column in sides))) for run in runs
     ]  # fmt: skip
-    points = [point for point in points if point.x.samples and point.y.samples]
-    if not points:
+    found = [(run, point) for run, point in found if point.x.samples and point.y.samples]
+    if not found:
         raise AssayError(f"figures.{name}: no chain has both {x.name} and {y.name}.")
-    return Scatter(points, x, y, size, tint)
+    plot = Scatter([point for _, point in found], x, y, size, tint)
+    return plot if len(found) <= NAMES_AT_MOST else _called_by_sweep(plot, [run for run, _ in found])
+
+
+def _called_by_sweep(plot: Scatter, runs: Sequence[ChainRun]) -> Scatter:
+    """Short names for the members of sweeps whose colour says which sweep they are of."""
+    members: dict[str, list[ChainRun]] = {}
+    for run, point in zip(runs, plot.points, strict=True):
+        members.setdefault(point.group, []).append(run)
+    families = [group for group, own in members.items() if len(own) > 1 and len({run.group for run in own}) == 1]
+    options = list(dict.fromkeys(option for group in families for run in members[group] for option in run.swept))
+    points = [replace(point, name=_swept(run, options)) if point.group in families else point
+              for run, point in zip(runs, plot.points, strict=True)]  # fmt: skip
+    return replace(plot, points=points, families=families, swept=" and ".join(options))
+
+
+def _swept(run: ChainRun, options: Sequence[str]) -> str:
+    """``0.5`` where one option is swept, else ``sparsity=0.5,levels=3``."""
+    if len(options) == 1:
+        return str(run.swept[options[0]])
+    return ",".join(f"{option}={value}" for option, value in run.swept.items())
 
 
 def _group(run: ChainRun, by: str) -> str:
     words = {"chain": run.group, "source": run.source, "method": run.method, "base": run.base}
     return words.get(by, run.family) or "model"
+
+
+def _family_lines(axes: Axes, plot: Scatter) -> None:
+    """A faint line through the points of every sweep that is called by its option."""
+    groups = list(dict.fromkeys(point.group for point in plot.points))
+    for family in plot.families:
+        own = sorted((point for point in plot.points if point.group == family), key=lambda point: point.x.mean)
+        axes.plot(plot.means("x", own), plot.means("y", own), color=draw.look(groups.index(family))["color"],
+                  linewidth=1.0, alpha=0.45, zorder=1.5)  # fmt: skip
+
+
+def _large_numbers(axes: Axes, plot: Scatter, spec: Spec) -> None:
+    """Ticks such as 1.2 M where numbers are too large to be written out."""
+    from matplotlib.ticker import EngFormatter
+
+    for side in "xy":
+        if side not in spec.get("log", ()) and max(map(abs, plot.means(side))) >= LARGE:
+            getattr(axes, f"{side}axis").set_major_formatter(EngFormatter(sep=" "))
 
 
 def _dots(image: Figure, axes: Axes, plot: Scatter, areas: Sequence[float]) -> list[Any]:
@@ -218,6 +267,7 @@ def _front_line(axes: Axes, plot: Scatter, best: Sequence[Point]) -> list[Any]:
 
 def _caption(plot: Scatter, best: Sequence[Point]) -> str:
     parts = ["Means; bars: ± sd over distinct results."]
+    parts += [f"Labels: {plot.swept}; lines join what was swept."] if plot.families else []
     parts += [f"Marker area: {plot.size.name}."] if plot.size else []
     parts += [f"Colour: {plot.tint.name}."] if plot.tint else []
     return " ".join(

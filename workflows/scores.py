@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from methods.find import Found
 from methods.stage import AssayError
 from workflows import notation
-from workflows.chains import Builder, Member, Place, Point
+from workflows.chains import Builder, Member, Place, Point, Scope
 from workflows.experiment import Evaluation
 from workflows.notation import Call, Choice, Name
 from workflows.parts import listed
@@ -50,7 +50,7 @@ def _score(
     builder: Builder, entry: str, call: Call, found: Found, member: Member | None, point: Point
 ) -> Shown:
     builder.check_task(found, point, point.chain or point.label)
-    resolved, references = builder.resolved(call, found, member, point.seed)
+    resolved, references = builder.resolved(call, found, Scope(member, point.seed))
     seed = point.seed if getattr(found.load(), "SEEDED", False) else None
     label = f"{resolved.label} of {point.label}"
     parents = {"model": point, **references}
@@ -69,7 +69,7 @@ def _chosen(builder: Builder, evaluation: Evaluation) -> Iterator[Scored]:
         name = notation.parse_name(text)
         for member, point in _ends(builder, name):
             if "model" not in point.writes:
-                method = point.job.method if point.job else name.text
+                method = point.method or name.text
                 raise AssayError(f"{text}: {method} at its end writes {listed(point.writes)} and no model: there is "
                                  "nothing to score.")  # fmt: skip
             yield from _trajectory(builder, name, member, point) if name.steps else [(member, point)]

@@ -19,7 +19,9 @@ from methods.stage import AssayError
 if TYPE_CHECKING:
     from workflows.experiment import Experiment
 
-COSTS = ("energy", "time", "memory")
+COSTS = ("energy", "time", "memory", "tokens")
+PROFILE = "profile"
+"""The entry of what every layer got: rows of results.csv that only the figure of that kind shows."""
 STEP = "step"
 CURVE = "curve."
 RELATIVE = " relative to "
@@ -28,9 +30,11 @@ GROUPS = ("chain", "group", "family", "method", "base", "source")
 PANELS = {
     "matched": ("one", "chain", "group", "family", "method"),
     "curve": ("term", "chain", "group", "family", "method", "base"),
+    "profile": ("layer", "chain"),
 }
 SPREADS = ("sd", "interval")
 RUNS = ("band", "lines")
+PROFILES = ("sparsity", "bits", "removed")
 DIRECTIONS = ("higher", "lower", "closer_to_0", "closer_to_1")
 TABLES = {
     "plain": ("rows", "columns", "of", "title"),
@@ -39,21 +43,28 @@ TABLES = {
 _EVERY_FIGURE = ("of", "title", "caption", "x_label", "y_label")
 FIGURES = {
     "scatter": ("x", "y", "color", "size", "front", "log"),
-    "curve": ("terms", "panels", "runs", "log"),
+    "curve": ("terms", "along", "panels", "runs", "log"),
     "sweep": ("x", "y", "baseline", "log"),
     "matched": ("x", "y", "levels", "reference", "panels", "log"),
     "bars": ("metrics", "group", "spread", "horizontal", "start", "baseline", "log"),
     "plane": ("entry", "what", "seed"),
+    "profile": ("metric", "panels"),
 }
 KINDS: dict[str, dict[str, tuple[str, ...]]] = {
     "tables": {kind: ("kind", *keys) for kind, keys in TABLES.items()},
     "figures": {kind: (*keys, "kind", *_EVERY_FIGURE) for kind, keys in FIGURES.items()},
 }
-NEEDED = {"curve": ("terms",), "bars": ("metrics",), "plane": ("entry",)}
+NEEDED = {"curve": ("terms",), "bars": ("metrics",), "plane": ("entry",), "profile": ("metric",)}
 """Keys without which a figure is nothing; all other kinds need x and y."""
 SEVERAL = {("curve", "terms"), ("sweep", "y"), ("bars", "metrics")}
 """Keys that take one text or a list of them."""
 DEFAULT_KIND = {"tables": "plain", "figures": "scatter"}
+_ONE_TEXT = {
+    "reference": "the name of a chain",
+    "baseline": "the name of a chain",
+    "what": "what was measured, e.g. class_vectors",
+    "along": "a logged term, e.g. tokens",
+}
 _LEVEL = re.compile(r"(?P<quantity>.+)@(?P<at>[^@]+)=(?P<level>[^@=]*)")
 
 Spec = Mapping[str, Any]
@@ -227,9 +238,8 @@ def _check_figure(where: str, kind: str, spec: Spec) -> None:
         raise AssayError(f"{where}: log is x, y or [x, y].")
     if "levels" in spec:
         _check_levels(where, spec["levels"])
-    for key in ("reference", "baseline", "what"):
+    for key, name in _ONE_TEXT.items():
         if key in spec and not isinstance(spec[key], str):
-            name = "what was measured, e.g. class_vectors" if key == "what" else "the name of a chain"
             raise AssayError(f"{where}: {key} is one text, {name}.")
     _check_words(where, kind, spec)
     _check_plain_values(where, spec)
@@ -238,6 +248,7 @@ def _check_figure(where: str, kind: str, spec: Spec) -> None:
 def _check_words(where: str, kind: str, spec: Spec) -> None:
     """Keys that take one of a few words."""
     choices = {"panels": PANELS.get(kind, ()), "spread": SPREADS, "runs": RUNS, "group": GROUPS}
+    choices |= {"metric": PROFILES}
     for key, words in choices.items():
         if key in spec and spec[key] not in words:
             raise AssayError(f"{where}: {key} is one of {', '.join(words)}, not {spec[key]!r}.")
@@ -270,6 +281,10 @@ def _is_texts(value: Any) -> bool:
 def check_experiment(experiment: Experiment) -> None:
     """Check every table, figure and claim against the experiment's own entries and chains, before anything runs."""
     known = [*experiment.chains, *experiment.models]
+    if PROFILE in experiment.evaluate:
+        raise AssayError(
+            f"{experiment.place('evaluate', PROFILE)}: this name belongs to the profiles of models; choose another."
+        )
     for section in ("tables", "figures"):
         for name, spec in getattr(experiment, section).items():
             where = experiment.place(section, name)

@@ -52,9 +52,9 @@ def _plain(measured: Measured, name: str, spec: Mapping[str, Any]) -> Table:
 def default_specs(measured: Measured) -> dict[str, dict[str, Any]]:
     """One table for every entry and one of costs, for an experiment that asks for none.
 
-    Numbers about single classes, of which there may be a hundred, are left to planes and to results.csv.
+    Numbers about single classes or layers, of which there may be a hundred, are left to figures and to results.csv.
     """
-    rows = measured.results[measured.results["metric"] != ""]
+    rows = measured.results[(measured.results["metric"] != "") & (measured.results["entry"] != specs.PROFILE)]
     rows = rows[[CLASS_TASK.fullmatch(task) is None for task in rows["task"]]]
     entries = {entry: [(f"{entry}.{metric}", len(dict.fromkeys(own["task"])))
                        for metric, own in part.groupby("metric", sort=False)]

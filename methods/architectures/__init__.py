@@ -8,9 +8,10 @@ any model; ``shrink`` cuts what a structural pruning zeroed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from methods.stage import AssayError, Component
@@ -247,30 +248,57 @@ def _unchanged(hidden: Tensor) -> Tensor:
 # --- cutting -------------------------------------------------------------------------------------------------
 
 
-def shrink(model: PreTrainedModel) -> PreTrainedModel:
-    """The physically smaller model: heads and neurons that contribute exactly nothing are cut.
+def shrink(
+    model: PreTrainedModel, factors: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
+) -> PreTrainedModel:
+    """The physically smaller model: what contributes exactly nothing is cut, and layers with factors become two.
 
-    A head counts as removed when its columns of ``o_proj`` are zero (with grouped queries: those of the
-    whole group), a neuron when its column of ``down_proj`` is. The parent's class of head is kept.
+    Heads and neurons are cut as ``cutting.kept_units`` says: with shared key-value heads each query head on its own,
+    and a key-value head when all of its query heads go. An attention or MLP without any is skipped; a block without
+    either is taken out. Where all layers come out alike the result is a plain ``LlamaForCausalLM``; a model with a
+    distance head keeps it.
+
+    Args:
+        factors: by module name, (a [out,r], b [r,in]) whose product is the layer's weight.
+    Raises:
+        AssayError: a model of another family, or factors that fit no linear layer of a block.
     """
-    from methods.architectures import harmonic_llama, pruned_llama
+    from methods.architectures.cutting import Cut
 
-    require_llama(model, "cutting heads and neurons")
-    decoder: Any = model.base_model
-    kept = [pruned_llama.kept_units(layer) for layer in decoder.layers]
-    settings = copied_settings(model) | pruned_llama.widths(model, kept)
-    harmonic = model.config.model_type == "harmonic_llama"
-    build = harmonic_llama.HarmonicLlamaForCausalLM if harmonic else pruned_llama.PrunedLlamaForCausalLM
-    return rebuilt(model, build, settings, pruned_llama.sliced_state(model, kept))
+    require_llama(model, "cutting heads, neurons and blocks", whole=False)
+    return Cut.of(model, factors).build()
 
 
-def require_llama(model: PreTrainedModel, purpose: str) -> None:
-    """Raise an AssayError unless the model is one of the Llamas whose layers are known here."""
-    if model.config.model_type not in LLAMAS:
+# What the blocks of a Llama are made of, as a sentence says it.
+BLOCK = "blocks with self_attn.{q,k,v,o}_proj and mlp.{gate,up,down}_proj"
+
+
+def require_llama(model: PreTrainedModel, purpose: str, whole: bool = True) -> None:
+    """Raise an AssayError unless the model is one of the Llamas whose layers are known here.
+
+    Args:
+        whole: every block must have both sub-blocks, with equally shared key-value heads and no layer in two factors.
+    """
+    config = model.config
+    if config.model_type not in LLAMAS:
         raise AssayError(
-            f"{purpose} is available for models of type {', '.join(LLAMAS)}; this model is of type "
-            f"{model.config.model_type}."
+            f"{purpose} is available for models of type {', '.join(LLAMAS)}, which have {BLOCK}; this model is of type "
+            f"{config.model_type}."
         )
+    if whole and not _is_whole(config):
+        raise AssayError(
+            f"{purpose} needs {BLOCK}, and not all blocks of this model have them: it is the physically smaller form "
+            "of another one; take the zero-masked form, in the folder above it."
+        )
+
+
+def _is_whole(config: Any) -> bool:
+    """Whether all blocks have both sub-blocks, with equally shared key-value heads and no layer in two factors."""
+    heads, neurons = (
+        getattr(config, name, None) or [] for name in ("layer_num_heads", "layer_intermediate_size")
+    )
+    others = [getattr(config, name, None) for name in ("layer_queries_per_group", "layer_ranks")]
+    return others == [None, None] and all(map(any, heads)) and all(neurons)
 
 
 def copied_settings(model: PreTrainedModel) -> dict[str, Any]:

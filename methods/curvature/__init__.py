@@ -103,13 +103,14 @@ def write(
     """Write what was measured, and on which weights."""
     from safetensors.torch import save_file
 
+    from methods.checkpoint import weight_marks
     from methods.curvature._factors import tensors_of
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors_of(bases).items()}
     save_file(tensors, folder / FACTORS)
     (folder / FACTORS).chmod(0o644)
-    text = json.dumps({**about, "layers": _marks(layers)}, indent=1, sort_keys=True) + "\n"
+    text = json.dumps({**about, "layers": weight_marks(layers)}, indent=1, sort_keys=True) + "\n"
     (folder / ABOUT).write_text(text, encoding="utf-8")
 
 
@@ -121,11 +122,13 @@ def read(folder: Path, layers: Mapping[str, nn.Linear], corrected: bool) -> dict
     """
     from safetensors.torch import load_file
 
+    from methods.checkpoint import refuse_other_weights
     from methods.curvature._factors import bases_of
 
     if not (folder / FACTORS).is_file() or not (folder / ABOUT).is_file():
         raise AssayError(f"{folder} holds no factors: name a chain that ends in curvature.kfac.")
-    _refuse_others(folder, layers)
+    marks = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["layers"]
+    refuse_other_weights(folder, "factors", marks, layers, "measure them on the chain's parent")
     device = next(iter(layers.values())).weight.device
     bases = bases_of(load_file(folder / FACTORS, device=str(device)), list(layers))
     if corrected and any(basis.corrected is None for basis in bases.values()):
@@ -133,26 +136,3 @@ def read(folder: Path, layers: Mapping[str, nn.Linear], corrected: bool) -> dict
             f"{folder} has the factors of K-FAC alone: measure them with ekfac=True, or use curvature='kfac'."
         )
     return bases
-
-
-def _refuse_others(folder: Path, layers: Mapping[str, nn.Linear]) -> None:
-    theirs = json.loads((folder / ABOUT).read_text(encoding="utf-8"))["layers"]
-    ours = _marks(layers)
-    if theirs.keys() != ours.keys() or any(theirs[name][:2] != ours[name][:2] for name in ours):
-        raise AssayError(
-            f"{folder} has the factors of a model of another shape: measure them on the chain's parent."
-        )
-    for name, (_, _, size) in ours.items():
-        if abs(theirs[name][2] - size) > 1e-6 * size:
-            raise AssayError(
-                f"the factors in {folder} were measured on other weights than those of {name}: "
-                "measure them on the chain's parent."
-            )
-
-
-def _marks(layers: Mapping[str, nn.Linear]) -> dict[str, list[Any]]:
-    """Rows, columns and the sum of squares of every weight: what the factors of another model are told by."""
-    return {
-        name: [*layer.weight.shape, float(layer.weight.detach().double().square().sum())]
-        for name, layer in layers.items()
-    }

@@ -1,17 +1,32 @@
 """The pruning family: loads the parent, gives calibration data, walks the blocks, writes what is left.
 
-A method's ``prune(config, model, calibration, progress)`` sets weights of the decoder's linear layers to
-zero, in place; embeddings, norms and the output head stay as they are. Zeros of the parent stay zero:
-they are the smallest weights there are, so a sparsity is the share of zeros *afterwards*, not of those
-added.
+A method's ``prune(config, model, calibration, progress)`` changes weights of the decoder's linear layers in
+place; embeddings, norms and the output head stay as they are. Zeros of the parent stay zero: they are the
+smallest weights there are, so a sparsity is the share of zeros *afterwards*, not of those added.
 
-A method whose ``structural(config)`` is true removes whole heads or neurons. Its result has two forms
-from one mask: ``model/``, with zeros, which loads anywhere, and ``model/physical/``, smaller in shape.
-They are compared before the stage is published.
+A structural result has two forms: ``model/``, the *chain form*, in the parent's own shapes, which loads anywhere
+and takes every further stage, and ``model/physical/``, smaller in shape. They are compared before the stage is
+published. The method says whether its result is structural, and nothing is guessed from the zeros (a pruner of single
+weights may empty a column by chance):
+
+    structural(config) -> bool      where the options alone tell; may be left out
+    prune(...) -> None              zeros only: no second form, unless ``structural(config)`` is true
+    prune(...) -> a mapping         structural, whatever the options: heads, neurons, sub-blocks and blocks that
+                                    contribute exactly nothing are cut. The mapping may be empty; what it holds,
+                                    {module name: (a [out,r], b [r,in])}, are the linear layers that become two factors
+
+A layer with factors gets ``a @ b`` as its weight in the chain form, from factors rounded to the precision the parent's
+weight is saved in; a method need not write that weight itself. So that both forms are one model, such a weight is saved
+in float32 in the chain form, also below a bfloat16 parent. What is cut is decided by
+``methods.architectures.shrink``: a head goes when its columns of ``o_proj`` are zero, a neuron when its column of
+``down_proj`` is, an attention or MLP when all of them are.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +38,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from methods.architectures.cutting import Cut
+
 REVISION = 1
 
 # Largest difference of float32 logits between the two forms, for logits of size 1 and less; larger ones
@@ -32,21 +49,29 @@ TOLERANCE = 1e-5
 
 def run(stage: Stage, method: ModuleType) -> None:
     """Prune ``stage.parents["model"]`` with ``method`` into ``stage.folder / "model"``."""
-    from methods.checkpoint import load_model, nonzero, save_model
+    from methods.checkpoint import load_model, nonzero
 
     parent = stage.parents["model"]
     model = load_model(parent, dtype="float32")
     _, before = nonzero(model)
     state = stage.progress.load()
     stage.notes["resumed_from_step"] = state.step if state else 0
-    method.prune(stage.config, model, Calibration(stage), stage.progress)
+    factors = method.prune(stage.config, model, Calibration(stage), stage.progress)
+    structural = factors is not None or is_structural(method, stage.config)
+    factors = rounded(factors or {}, parent)
+    recompose(model, factors)
     total, after = nonzero(model)
     stage.notes.update(parameters=total, nonzero_before=before, nonzero_after=after, layers=report(model))
-    save_model(model, stage.folder / "model", source=parent)
+    save_chain_form(model, stage, factors)
+    stage.notes["physical"] = structural
+    if structural:
+        write_physical(stage.folder / "model", stage, factors)
+
+
+def is_structural(method: ModuleType, config: Any) -> bool:
+    """Whether the method's options alone say that whole units go."""
     structural = getattr(method, "structural", None)
-    stage.notes["physical"] = structural is not None and bool(structural(stage.config))
-    if stage.notes["physical"]:
-        write_physical(stage.folder / "model", stage)
+    return structural is not None and bool(structural(config))
 
 
 class Calibration:
@@ -60,8 +85,25 @@ class Calibration:
 
         A smaller data set is used whole; the number that was used is noted as ``calibration_sequences``.
         """
-        import torch
+        shuffled = self._shuffled(data, context_tokens)
+        return self._chosen(shuffled[:count])
 
+    def windows(self, data: str, tokens: int, context_tokens: int) -> list[Tensor]:
+        """Sequences [1,T] drawn without replacement by the seed until they have ``tokens`` tokens or more together.
+
+        Notes ``calibration_sequences`` and ``calibration_tokens``. Raises an AssayError where the data has fewer.
+        """
+        shuffled = self._shuffled(data, context_tokens)
+        ends = list(accumulate(len(ids) for ids in shuffled))
+        if ends[-1] < tokens:
+            raise AssayError(
+                f"{self.stage.method}: {tokens} calibration tokens are asked for, but {data!r} has {ends[-1]} in "
+                f"sequences of at most {context_tokens} tokens: ask for fewer, or name more data."
+            )
+        return self._chosen(shuffled[: bisect_left(ends, tokens) + 1])
+
+    def _shuffled(self, data: str, context_tokens: int) -> list[tuple[int, ...]]:
+        """The tokens of every sequence of the data set, in the order that the stage's seed gives."""
         from methods.checkpoint import load_tokenizer
         from methods.data import Sampler, Style, encode
 
@@ -70,10 +112,16 @@ class Calibration:
         examples = encode(rows, load_tokenizer(folder), Style.read(folder), context_tokens)
         if not examples:
             raise AssayError(f"{self.stage.method}: the calibration data {data!r} has no sequences.")
-        count = min(count, len(examples))
-        self.stage.notes["calibration_sequences"] = count
-        chosen = Sampler(len(examples), self.stage.seed).batch(0, count)
-        return [torch.tensor([examples[index].input_ids]) for index in chosen]
+        order = Sampler(len(examples), self.stage.seed).batch(0, len(examples))
+        return [examples[index].input_ids for index in order]
+
+    def _chosen(self, sequences: list[tuple[int, ...]]) -> list[Tensor]:
+        """The sequences as tensors [1,T]; how many they are is noted."""
+        import torch
+
+        self.stage.notes["calibration_sequences"] = len(sequences)
+        self.stage.notes["calibration_tokens"] = sum(map(len, sequences))
+        return [torch.tensor([ids]) for ids in sequences]
 
 
 # --- results -----------------------------------------------------------------------------------------
@@ -97,22 +145,71 @@ def report(model: PreTrainedModel) -> list[dict[str, Any]]:
     return rows
 
 
-def write_physical(masked: Path, stage: Stage) -> None:
+def rounded(factors: Mapping[str, tuple[Tensor, Tensor]], parent: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors as float32 numbers that the precision in which the parent saves that weight can hold."""
+    import torch
+
+    from methods.checkpoint import parent_dtype, tensor_dtypes
+
+    dtypes, usual = (tensor_dtypes(parent), parent_dtype(parent)) if factors else ({}, "float32")
+
+    def held(name: str, factor: Tensor) -> Tensor:
+        return factor.detach().to(getattr(torch, dtypes.get(f"{name}.weight", usual))).float()
+
+    return {name: (held(name, a), held(name, b)) for name, (a, b) in factors.items()}
+
+
+def recompose(model: PreTrainedModel, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Give every layer with factors their product as its weight, in place."""
+    import torch
+
+    if not factors:
+        return
+    from methods.architectures.cutting import check_factors
+
+    check_factors(model, factors)
+    with torch.no_grad():
+        for name, (a, b) in factors.items():
+            weight = model.get_parameter(f"{name}.weight")
+            weight.copy_(a.to(weight.device) @ b.to(weight.device))
+
+
+def save_chain_form(model: PreTrainedModel, stage: Stage, factors: Mapping[str, object]) -> None:
+    """Write ``model/`` as the parent is saved; a recomposed weight in float32, else it would be another model's."""
+    from methods.checkpoint import save_model
+
+    exact = {f"{name}.weight": "float32" for name in factors}
+    save_model(model, stage.folder / "model", source=stage.parents["model"], dtypes=exact)
+
+
+def write_physical(masked: Path, stage: Stage, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """Write the cut form of ``masked`` beside it, note its widths, and compare the two.
 
     Raises an AssayError where they disagree, so that nothing is published.
     """
-    from methods.architectures import shrink
-    from methods.checkpoint import load_model, save_model
+    from methods.architectures import require_llama
+    from methods.architectures.cutting import Cut
+    from methods.checkpoint import load_model
 
-    small = shrink(load_model(masked, dtype="float32"))
-    save_model(small, masked / "physical", source=masked)
+    model = load_model(masked, dtype="float32")
+    require_llama(model, f"{stage.method}'s physically smaller form", whole=False)
+    cut = Cut.of(model, factors)
+    small = cut.build()
+    save_physical(cut, small, masked / "physical", stage.parents["model"])
     stage.notes["parameters_physical"] = sum(parameter.numel() for parameter in small.parameters())
-    stage.notes["widths"] = {
-        "heads": small.config.layer_num_heads,
-        "neurons": small.config.layer_intermediate_size,
-    }
+    stage.notes["widths"] = cut.widths()
+    stage.notes["ranks"] = {name: len(inner) for name, (_, inner) in factors.items()}
+    stage.notes["plain"] = small.config.model_type == "llama"
     check_same(masked, masked / "physical")
+
+
+def save_physical(cut: Cut, small: PreTrainedModel, folder: Path, parent: Path) -> None:
+    """Write the cut form with every weight in the precision in which the parent has the one it was made of."""
+    from methods.checkpoint import parent_dtype, save_model, tensor_dtypes
+
+    dtypes, usual = tensor_dtypes(parent), parent_dtype(parent)
+    precision = {name: dtypes.get(cut.origin(name), usual) for name in small.state_dict()}
+    save_model(small, folder, source=parent, dtypes=precision)
 
 
 def check_same(masked: Path, physical: Path) -> None:

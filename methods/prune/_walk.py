@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise AssayError(f"pruning needs a decoder with a list of layers; {type(model).__name__} has none.")
+        found = ", ".join(name for name, _ in model.base_model.named_children()) or "no modules"
+        raise AssayError(
+            f"pruning needs a Llama-like decoder, with its blocks in a list called layers (model.layers.0, …); "
+            f"{type(model).__name__} has {found}."
+        )
     return layers
 
 
@@ -39,6 +43,13 @@ def linear_weights(model: PreTrainedModel, blocks: int | None = None) -> Iterato
     for name, part in model.named_modules():
         if id(part) in wanted:
             yield f"{name}.weight"
+
+
+def decoder_names(model: PreTrainedModel) -> list[str]:
+    """The full names of the decoder's blocks in order, such as ``model.layers.0``."""
+    layers = decoder_layers(model)
+    found = {id(part): name for name, part in model.named_modules()}
+    return [found[id(layer)] for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -128,24 +139,63 @@ def first_inputs(
     return inputs, settings
 
 
-# --- state of a long walk -----------------------------------------------------------------------------------
+# --- pruning along the walk ---------------------------------------------------------------------------------
+
+
+def prune_blocks(
+    model: PreTrainedModel,
+    sequences: list[Tensor],
+    progress: Progress,
+    prune_block: Callable[[Block], None],
+    weights: bool = False,
+) -> None:
+    """Prune block after block, each on the inputs that its pruned predecessors give; go on after a kill.
+
+    Args:
+        sequences: token ids [1,T] each, of any lengths.
+        prune_block: changes the linear layers of one block in place.
+        weights: whether it changes weights that stay, too. Then the finished layers themselves are saved, weights
+            and biases; otherwise one bit for each weight is enough.
+    """
+    import torch
+
+    finished = resume(model, progress)
+    steps = progress.bar(len(decoder_layers(model)), "blocks pruned")
+    with torch.no_grad():
+        for _, block in zip(steps, walk(model, sequences), strict=False):
+            if block.index >= finished:
+                prune_block(block)
+                remember(model, progress, block.index + 1, weights)
 
 
 def resume(model: PreTrainedModel, progress: Progress) -> int:
-    """Put the masks of an interrupted walk back; returns how many blocks they cover."""
+    """Put the masks or the weights of an interrupted walk back; returns how many blocks they cover."""
     import torch
 
     state = progress.load()
     if state is None:
         return 0
     with torch.no_grad():
-        for name, pruned in state.tensors.items():
-            model.get_parameter(name).masked_fill_(pruned.to(model.device), 0.0)
+        for name, saved in state.tensors.items():
+            parameter = model.get_parameter(name)
+            if saved.dtype == torch.bool:
+                parameter.masked_fill_(saved.to(parameter.device), 0.0)
+            else:
+                parameter.copy_(saved)
     return int(state.step)
 
 
-def remember(model: PreTrainedModel, progress: Progress, blocks: int) -> None:
-    """Save the masks of the first ``blocks`` blocks when it is due; raises Interrupted if asked to stop."""
+def remember(model: PreTrainedModel, progress: Progress, blocks: int, weights: bool = False) -> None:
+    """Save the first ``blocks`` blocks when it is due; raises Interrupted if asked to stop."""
     if progress.due(blocks):
-        names = linear_weights(model, blocks)
-        progress.save(blocks, {name: model.get_parameter(name).data == 0 for name in names}, {})
+        progress.save(blocks, _state(model, blocks, weights), {})
+
+
+def _state(model: PreTrainedModel, blocks: int, weights: bool) -> dict[str, Tensor]:
+    """What a resumed walk needs of the first blocks: the zeros of every linear layer, or all its numbers."""
+    names = list(linear_weights(model, blocks))
+    if not weights:
+        return {name: model.get_parameter(name).data == 0 for name in names}
+    biases = {name.removesuffix("weight") + "bias" for name in names}
+    wanted = biases.union(names)
+    return {name: part.data for name, part in model.named_parameters() if name in wanted}

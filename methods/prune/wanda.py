@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from methods.prune._hessian import input_energies
 from methods.prune._masks import check_budget, pattern_mask, smallest
-from methods.prune._walk import Block, decoder_layers, remember, resume, walk
+from methods.prune._walk import Block, prune_blocks
 from methods.stage import AssayError, Claim, Dataset
 
 if TYPE_CHECKING:
@@ -38,7 +39,13 @@ if TYPE_CHECKING:
 
 # The seed draws the calibration sequences.
 SEEDED = True
-USES = ("methods.prune._masks", "methods.prune._walk", "methods.data", "methods.checkpoint")
+USES = (
+    "methods.prune._hessian",
+    "methods.prune._masks",
+    "methods.prune._walk",
+    "methods.data",
+    "methods.checkpoint",
+)
 RESULT = "model"
 CLAIMS: tuple[Claim, ...] = ()
 
@@ -70,16 +77,8 @@ class Config:
 
 def prune(config: Config, model: PreTrainedModel, calibration: Calibration, progress: Progress) -> None:
     """Zero the lowest-scored weights of every decoder layer, block after block, in place."""
-    import torch
-
     sequences = calibration.sequences(config.data, config.sequences, config.context_tokens)
-    finished = resume(model, progress)
-    steps = progress.bar(len(decoder_layers(model)), "blocks pruned")
-    with torch.no_grad():
-        for _, block in zip(steps, walk(model, sequences), strict=False):
-            if block.index >= finished:
-                prune_block(config, block)
-                remember(model, progress, block.index + 1)
+    prune_blocks(model, sequences, progress, lambda block: prune_block(config, block))
 
 
 def prune_block(config: Config, block: Block) -> None:
@@ -88,23 +87,6 @@ def prune_block(config: Config, block: Block) -> None:
     for name, linear in block.linears().items():
         scores = linear.weight.abs() * energies[name].sqrt()
         linear.weight.data.masked_fill_(mask(config, scores), 0.0)
-
-
-def input_energies(block: Block) -> dict[str, Tensor]:
-    """``c_j`` [in] of every linear layer: squared inputs summed over tokens, per calibration sequence."""
-    sums: dict[str, Tensor] = {}
-
-    def see(name: str, inputs: Tensor) -> None:
-        energy = input_energy(inputs)
-        sums[name] = sums[name] + energy if name in sums else energy
-
-    block.run_watched(see)
-    return {name: total / len(block.inputs) for name, total in sums.items()}
-
-
-def input_energy(inputs: Tensor) -> Tensor:
-    """Squared inputs [tokens, in] summed over the tokens, in float32."""
-    return inputs.float().square().sum(dim=0)
 
 
 def mask(config: Config, scores: Tensor) -> Tensor:

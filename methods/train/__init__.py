@@ -8,6 +8,7 @@ each of which may be left out:
 * ``prepare(config, model, stage, parts)``: called with the model under its head, before training; ``parts`` is
   ``{"train": examples or cases}``, and what it returns, if anything, stands in their place. Buffers that it registers
   on the model with ``persistent=False`` are saved and resumed with the run, and not written with the model.
+* ``masking(config, model, stage, steps)``: masks that change while the model is trained (``methods.masking``).
 * ``outer(config)``: for a loss that is no sum over items, the objective as a function of the terms' means.
 
 Batches that a method's option ``loss`` cannot work on are refused before training, and its option ``weighting`` gives
@@ -55,14 +56,17 @@ def run(stage: Stage, method: ModuleType) -> None:
     size = min(config.batch, len(parts["train"])) if isinstance(rows, CaseTable) else config.batch
     settings = replace(config, batch=size)
     batches = loop.Batches(parts, size=size, seed=stage.seed)
-    losses.check_batches(getattr(config, "loss", None), batches, loop.steps_of(settings, batches.count))
+    steps = loop.steps_of(settings, batches.count)
+    losses.check_batches(getattr(config, "loss", None), batches, steps)
 
     def loss(model: Any, batch: Batch) -> Terms:
         terms: Terms = method.loss(config, model, batch)
         return terms
 
     weigh = weighting.weigh(getattr(config, "weighting", None))
-    loop.train(stage, model, settings, batches, loss, outer=_hook(method, "outer", config), weigh=weigh)
+    masking = _hook(method, "masking", config, model, stage, steps)
+    outer = _hook(method, "outer", config)
+    loop.train(stage, model, settings, batches, loss, outer=outer, weigh=weigh, masking=masking)
 
 
 def _parts(stage: Stage) -> Mapping[str, Any]:
