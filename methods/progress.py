@@ -123,7 +123,7 @@ class Progress:
         finally:
             for unfinished in self.scratch.glob("tmp-*"):
                 shutil.rmtree(unfinished)
-        _flush(self.scratch)
+        flush(self.scratch)
         for folder in old:
             shutil.rmtree(folder)
         self._last_save = time.monotonic()
@@ -191,7 +191,7 @@ class Progress:
         content = {"step": step, "values": values, "extra": extra}
         (folder / "state.json").write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
         for path in (folder / "tensors.safetensors", folder / "state.json", folder):
-            _flush(path)
+            flush(path)
 
 
 class Bar:
@@ -286,7 +286,8 @@ def _forced_interval() -> int:
     return int(text)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Return once a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -33,6 +33,13 @@ How = _How()
 
 
 @dataclass(frozen=True)
+class Exactly:
+    """In a file's ``SMOKE``: the value that ``scale=smoke`` gives an option; a bare number only caps what was given."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
 class Component:
     """A part a stage is made of: ``adamw(learning_rate=5e-3)`` is ``Component("adamw", {...})``.
 
@@ -58,6 +65,14 @@ class _Kind:
     name: str
 
 
+@dataclass(frozen=True)
+class _Reads:
+    """Whose files a reference is for: a family, and of level databases what their methods say in ``KIND``."""
+
+    family: str
+    kind: str | None = None
+
+
 # A field of one of the first types takes a component of that kind; ``Model`` takes a reference to a chain.
 Optimizer = Annotated[Component, _Kind("optimizer")]
 Schedule = Annotated[Component, _Kind("schedule")]
@@ -69,6 +84,13 @@ Model = Parent
 # A reference to another chain of which not the model but the ``files/`` or ``data/`` folder is read.
 Files = Annotated[Parent, _Kind("files")]
 Data = Annotated[Parent, _Kind("data")]
+# Files of one family alone: a level database of any kind or of one kind, and an assignment of its levels. The planner
+# refuses others, before anything is built or searched.
+Levels = Annotated[Parent, _Kind("files"), _Reads("levels")]
+SparsityLevels = Annotated[Parent, _Kind("files"), _Reads("levels", "sparsity")]
+BitLevels = Annotated[Parent, _Kind("files"), _Reads("levels", "bits")]
+StructureLevels = Annotated[Parent, _Kind("files"), _Reads("levels", "structure")]
+Assigned = Annotated[Parent, _Kind("files"), _Reads("search")]
 # A text field that names data sets: their content's digest enters the job's id.
 Dataset = Annotated[str, _Kind("dataset")]
 

@@ -104,7 +104,7 @@ NEEDS: dict[str, dict[str, Value]] = {
     "prune.llm_pruner": {"sparsity": 0.5},
     "levels.tyr": {"sparsity": 0.5},
     "train.sparse": {"sparsity": 0.1, "every": 1},
-    "search.layerwise": {"lowered": 1},
+    "search.layerwise": {"lowered": 1, "data": DATA},
     "search.evopress_bits": {"bits": 2.5},
     "search.evopress_depth": {"sparsity": 0.5},
     "search.block_scores": {"sparsity": 0.5},

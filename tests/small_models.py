@@ -1,4 +1,4 @@
-"""A random two-layer Llama that knows the built-in world's vocabulary, and a scoring of it: for evaluations' tests."""
+"""Small Llamas with random weights, alone or as a folder that knows the built-in world's vocabulary, and its scores."""
 
 from __future__ import annotations
 
@@ -23,6 +23,32 @@ CHAT = (
 @cache
 def _tokenizer(vocabulary: int) -> Any:
     return train_tokenizer(Locator(), ["authors"], vocabulary)
+
+
+def llama(**changes: Any) -> Any:
+    """A model with random weights large enough to prefer some tokens, queries in two groups, in evaluation mode."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+    }
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
+
+
+def ragged() -> list[Any]:
+    """Token sequences [1,T] for it: of 11, 7, 1 and 16 tokens."""
+    import torch
+
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(50, (1, size), generator=draw) for size in (11, 7, 1, 16)]
 
 
 def save(

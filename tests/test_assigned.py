@@ -17,16 +17,8 @@ import methods.prune as family
 from methods.checkpoint import load_model
 from methods.data import Locator, Style, train_tokenizer
 from methods.find import catalogue
-from methods.levels._database import (
-    Database,
-    Encoded,
-    Level,
-    Unit,
-    Writer,
-    encode_codes,
-    encode_columns,
-    encode_sparse,
-)
+from methods.levels._database import Database, Level, Unit, Writer
+from methods.levels._encodings import Encoded, encode_codes, encode_columns, encode_sparse
 from methods.progress import Progress
 from methods.prune import assigned
 from methods.search._assignment import Assignment, least, nearest_levels, read
@@ -502,9 +494,10 @@ def test_a_shorthands_defaults_are_those_of_its_steps(name: str) -> None:
     for step in steps_of(name):
         for field in dataclasses.fields(catalogue().method(step.method).load().Config):
             given = step.options.get(field.name, field.default)
-            # what a shorthand needs, what refers to another step, and the step of later rounds is its own
+            # what a shorthand is given here, what refers to another step, and the step of later rounds is its own
             if (
                 field.default is dataclasses.MISSING
+                or field.name == "data"
                 or isinstance(given, From)
                 or step.name in ("levels3", "levels4")
             ):
@@ -523,6 +516,11 @@ def test_a_shorthand_hands_on_every_option_of_its_steps(name: str) -> None:
         )
         assert fields - step.options.keys() <= left_out, step.name
         assert step.options.keys() <= fields, step.name
+
+
+def test_bits_that_no_widths_have_on_average_are_refused_before_anything_runs() -> None:
+    with pytest.raises(AssayError, match=r"no choice among widths=\[2, 4\] has 5 bits .*: take 2 to 4"):
+        config_of("prune.evopress_bits", bits=5.0, widths=(2, 4))
 
 
 @pytest.mark.parametrize("name", SHORTHANDS)

@@ -22,7 +22,7 @@ from methods.levels._database import Database
 from methods.progress import Progress
 from methods.prune import gptq, rtn
 from methods.prune._gptq import Settings, invert, solve
-from methods.prune._grids import Grid, bits_per_weight, nearest, stored_bits
+from methods.prune._grids import Grid, nearest, stored_bits
 from methods.prune._walk import linear_weights
 from methods.search import layerwise
 from methods.search._assignment import read
@@ -147,7 +147,7 @@ def test_every_group_has_its_scale_and_the_last_may_be_shorter() -> None:
 def test_bits_per_weight_count_scales_and_zero_points(
     bits: int, group: int | None, columns: int, symmetric: bool, expected: float
 ) -> None:
-    assert bits_per_weight(bits, group, columns, symmetric) == expected
+    assert stored_bits(1, columns, bits, group, symmetric) / columns == expected
 
 
 def test_an_evopress_zero_point_is_stored_like_a_scale() -> None:
@@ -353,7 +353,8 @@ def test_levels_are_stored_as_they_were_solved(
             bits = int(level.name)
             assert level.cost == bits * dense.numel()
             zero = 16 if grid == "evopress" else bits
-            assert level.share == bits_per_weight(bits, group, unit.columns, False, zero_bits=zero)
+            whole = stored_bits(1, unit.columns, bits, group, False, zero_bits=zero)
+            assert level.share == whole / unit.columns
             assert bool((database.weight(unit.name, level.name)[dense == 0] == 0).all())
     first = solve_first_layer(stage, model)
     assert database.weight("model.layers.0.self_attn.q_proj", "2").equal(first)
@@ -482,6 +483,7 @@ def test_levels_of_another_kind_or_without_these_bits_are_a_sentence(tmp_path: P
         (levels_gptq, {"data": DATA, "bits": (3, 3)}, "each of them once"),
         (levels_rtn, {"bits": ()}, "must name bit-widths"),
         (layerwise, {"levels": Parent("levels"), "lowered": 1, "low": 4, "high": 4}, "must be fewer"),
+        (layerwise, {"levels": Parent("levels"), "lowered": 1}, "is measured on data: name a data set"),
     ],
 )
 def test_a_contradiction_is_a_sentence(method: Any, options: dict[str, Any], words: str) -> None:

@@ -19,16 +19,8 @@ import methods.levels as family
 import methods.search as search_family
 from methods.data import Locator
 from methods.levels import _database
-from methods.levels._database import (
-    Database,
-    Encoded,
-    Writer,
-    encode_codes,
-    encode_columns,
-    encode_dense,
-    encode_sparse,
-    linear_layers,
-)
+from methods.levels._database import Database, Writer, linear_layers
+from methods.levels._encodings import Encoded, encode_codes, encode_columns, encode_sparse
 from methods.progress import Progress
 from methods.search import knapsack, published, uniform
 from methods.search._assignment import Assignment, read
@@ -132,7 +124,7 @@ def test_kept_columns_come_back_to_their_places() -> None:
     assert encoded.decode().equal(weight)
 
 
-@pytest.mark.parametrize("encode", [encode_sparse, encode_columns, encode_dense])
+@pytest.mark.parametrize("encode", [encode_sparse, encode_columns])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_decoding_gives_back_bit_for_bit_what_was_encoded(
     encode: Callable[[Tensor], Encoded], dtype: torch.dtype
@@ -144,7 +136,7 @@ def test_decoding_gives_back_bit_for_bit_what_was_encoded(
     assert encode(rounded).decode().equal(rounded.float())
 
 
-@pytest.mark.parametrize("encode", [encode_sparse, encode_columns, encode_dense])
+@pytest.mark.parametrize("encode", [encode_sparse, encode_columns])
 def test_a_weight_of_zeros_alone_comes_back(encode: Callable[[Tensor], Encoded]) -> None:
     assert encode(torch.zeros(3, 5)).decode().equal(torch.zeros(3, 5))
 
@@ -178,7 +170,7 @@ def test_the_layers_come_in_the_order_of_the_model_and_not_of_the_alphabet(tmp_p
     model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(11)))
     writer = Writer(tmp_path, "sparsity")
     for name, linear in reversed(linear_layers(model).items()):
-        writer.write(name, 0, "weights", {"0": encode_dense(linear.weight)}, {"0": 0}, {"0": 0.0})
+        writer.write(name, 0, "weights", {"0": encode_sparse(linear.weight)}, {"0": 0}, {"0": 0.0})
     writer.close(model, {})
     assert [unit.name for unit in Database.open(tmp_path).units] == [str(number) for number in range(11)]
 
@@ -229,18 +221,6 @@ def test_the_levels_of_another_model_are_refused(folder: Path) -> None:
         Database.open(folder, two_layers(seed=1))
     with pytest.raises(AssayError, match="has the levels of a model of another shape"):
         Database.open(folder, nn.ModuleDict({"up": nn.Linear(4, 2, bias=False)}))
-
-
-def test_marks_of_the_dense_weights_hold_where_the_walk_changed_the_model(tmp_path: Path) -> None:
-    dense, changed = two_layers(), two_layers()
-    with torch.no_grad():
-        changed.get_parameter("up.weight").zero_()
-    from methods.checkpoint import weight_marks
-
-    writer = Writer(tmp_path, "sparsity")
-    fill(writer, dense)
-    writer.close(changed, {}, weight_marks(linear_layers(dense)))
-    assert Database.open(tmp_path, dense).units
 
 
 def test_a_folder_without_a_database_is_refused(tmp_path: Path) -> None:
@@ -539,31 +519,37 @@ def test_the_error_of_a_level_is_relative_to_the_layers_outputs() -> None:
     assert knapsack.unit_errors(found, one, nothing) == [0.0, 0.0]  # type: ignore[arg-type]
 
 
-def total_error(levels: Path, parent: Path, chosen: Mapping[str, str]) -> float:
-    """The sum of relative errors of weights."""
+def relative_errors(levels: Path, parent: Path) -> dict[tuple[str, str], float]:
+    """The relative error of the weights of every layer at every level."""
     from methods.checkpoint import load_model
 
     database, model = Database.open(levels), load_model(parent)
-    total = 0.0
-    for name, level in chosen.items():
-        weight = model.get_parameter(f"{name}.weight").detach().double()
-        total += float((weight - database.weight(name, level)).square().sum() / weight.square().sum())
-    return total
+    errors = {}
+    for unit in database.units:
+        weight = model.get_parameter(f"{unit.name}.weight").detach().double()
+        for level in unit.names:
+            change = weight - database.weight(unit.name, level)
+            errors[unit.name, level] = float(change.square().sum() / weight.square().sum())
+    return errors
 
 
 def test_the_knapsack_is_better_than_uniform_and_than_any_single_switch(
     tmp_path: Path, parent: Path, sparse: Path
 ) -> None:
     found, _ = searched(tmp_path, parent, sparse, knapsack, errors="weights")
-    database = Database.open(sparse)
+    database, errors = Database.open(sparse), relative_errors(sparse, parent)
+
+    def total(levels: Mapping[str, str]) -> float:
+        return sum(errors[place] for place in levels.items())
+
     assert found.spent == database.spent(database.uniform())
-    assert found.about["error"] == pytest.approx(total_error(sparse, parent, found.levels))
-    assert found.about["error"] < total_error(sparse, parent, database.uniform())
+    assert found.about["error"] == pytest.approx(total(found.levels))
+    assert found.about["error"] < total(database.uniform())
     for one, other in itertools.permutations(found.levels, 2):
         switched = {one: str(int(found.levels[one]) + 1), other: str(int(found.levels[other]) - 1)}
         if all(level in ("-1", "0", "1") for level in switched.values()):
             changed = {**found.levels, **switched}
-            assert total_error(sparse, parent, changed) >= found.about["error"] - 1e-9
+            assert total(changed) >= found.about["error"] - 1e-9
 
 
 @pytest.mark.parametrize("wanted", [2.5, 3.0])
@@ -653,6 +639,7 @@ def test_a_published_assignment_of_layers_is_read_line_by_line(
     ("line", "sentence"),
     [
         ("model.layers.0.mlp.down_prj: 0", "did you mean 'model.layers.0.mlp.down_proj'?"),
+        ("model.layers.0.mlp.down_prj: 0", "line 1 of 'published/some': "),
         ("model.layers.0.mlp.down_proj: 7", "has no level '7'; there are: -1, 0, 1."),
         ("model.layers.0.mlp.down_proj 0", "is not of the form 'module name: level'"),
         (

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import methods.levels as family
 from methods.checkpoint import load_model
@@ -26,34 +24,19 @@ from methods.prune._walk import linear_weights
 from methods.search import owl
 from methods.stage import AssayError, Interrupted, Parent, Stage
 from tests import small_models
+from tests.small_models import llama, ragged
 
 METHODS = {"sparsegpt": sparsegpt, "wanda": wanda, "magnitude": magnitude}
 SMALL: dict[str, Any] = {"sparsity": 0.5, "levels": 2, "weights_step": 20}
 
 
 def tiny(zeros: float = 0.0) -> Any:
-    """A three-layer Llama with random weights, queries in two groups, a share of its projections 0."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    model: Any = LlamaForCausalLM(config).eval().requires_grad_(False)
+    """A three-layer Llama of whose projections a share is 0."""
+    model = llama().requires_grad_(False)
     for name in linear_weights(model):
         weight = model.get_parameter(name)
         weight[torch.rand(weight.shape) < zeros] = 0.0
     return model
-
-
-def ragged() -> list[Tensor]:
-    """Sequences of 11, 7, 1 and 16 tokens."""
-    draw = torch.Generator().manual_seed(1)
-    return [torch.randint(50, (1, size), generator=draw) for size in (11, 7, 1, 16)]
 
 
 GIVEN: Any = SimpleNamespace(windows=lambda *_: ragged(), sequences=lambda *_: ragged())
@@ -142,10 +125,10 @@ def test_one_step_down_pays_exactly_for_one_step_up(name: str, sparsity: float, 
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("propagate", ["none", "uniform"])
-def test_the_model_is_left_as_it_was_bit_for_bit(name: str, propagate: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error_propagation", ["none", "uniform"])
+def test_the_model_is_left_as_it_was_bit_for_bit(name: str, error_propagation: str, tmp_path: Path) -> None:
     model, before = tiny(), tiny().state_dict()
-    built(name, tmp_path, model, **({} if name == "magnitude" else {"propagate": propagate}))
+    built(name, tmp_path, model, **({} if name == "magnitude" else {"error_propagation": error_propagation}))
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
@@ -220,7 +203,7 @@ def test_the_first_block_at_level_0_is_what_the_pruners_make_of_it(tmp_path: Pat
         options: Any = {"data": "case", "sparsity": 0.5}
         pruner.prune(pruner.Config(**options), expected, GIVEN, Progress(tmp_path / name, 0))
         apart = built(name, tmp_path / f"{name}-none")
-        behind = built(name, tmp_path / f"{name}-uniform", propagate="uniform")
+        behind = built(name, tmp_path / f"{name}-uniform", error_propagation="uniform")
         for unit in apart.units:
             weight = expected.get_parameter(f"{unit.name}.weight")
             torch.testing.assert_close(behind.weight(unit.name, "0"), weight, atol=1e-5, rtol=0)
@@ -271,10 +254,13 @@ def test_what_would_round_to_zero_becomes_the_smallest_number_of_its_sign() -> N
 # --- killed and gone on with --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("propagate", ["none", "uniform"])
-def test_a_killed_build_goes_on_with_the_same_bits(propagate: Any, tmp_path: Path) -> None:
-    whole = built("sparsegpt", tmp_path / "whole", propagate=propagate)
-    config, writer = config_of("sparsegpt", propagate=propagate), Writer(tmp_path / "files", "sparsity")
+@pytest.mark.parametrize("error_propagation", ["none", "uniform"])
+def test_a_killed_build_goes_on_with_the_same_bits(error_propagation: Any, tmp_path: Path) -> None:
+    whole = built("sparsegpt", tmp_path / "whole", error_propagation=error_propagation)
+    config, writer = (
+        config_of("sparsegpt", error_propagation=error_propagation),
+        Writer(tmp_path / "files", "sparsity"),
+    )
     progress = Progress(tmp_path / "scratch", 0)
     progress.stopping = True
     with pytest.raises(Interrupted):
@@ -338,7 +324,9 @@ def test_owl_meets_the_budget_exactly_and_spares_the_block_with_outliers(tmp_pat
 
     levels = staged(tmp_path, "levels.magnitude", magnitude.Config(sparsity=0.5, weights_step=4))
     family.run(levels, magnitude)
-    config = owl.Config(levels=Parent("levels"), data=DATA, sequences=4, context_tokens=64, m=3.0)
+    config = owl.Config(
+        levels=Parent("levels"), data=DATA, sequences=4, context_tokens=64, outlier_factor=3.0
+    )
     stage = staged(tmp_path, "search.owl", config, levels=levels.folder / "files")
     searches.run(stage, owl)
     database = Database.open(levels.folder / "files", load_model(tmp_path / "model", dtype="float32"))

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from methods.find import catalogue
 from methods.prune import _lowrank, drank, fwsvd, modegpt, svd
 from methods.prune._hessian import block_grams
-from methods.prune._lowrank import Transform, apportion, fill, full_rank, pays, rank_for, truncate, whitening
+from methods.prune._lowrank import Transform, full_rank, pays, rank_for, truncate, whitening
+from methods.prune._shares import apportion, fill
 from methods.prune._walk import linear_weights, walk
 from methods.stage import AssayError, Interrupted, NotFinite, Stage
 from tests.generic import Outcome, run, small_options, tensors, through_json, usual, world
 from tests.generic import resolved as resolve
+from tests.small_models import llama
 
 METHODS = ("prune.svd", "prune.fwsvd", "prune.drank", "prune.modegpt")
 
@@ -43,12 +44,13 @@ def product(found: _lowrank.Truncated) -> Tensor:
 
 def tiny(heads: int = 4, groups: int = 2, **settings: Any) -> Any:
     """A two-layer Llama with random weights large enough to prefer some tokens."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=heads,
-        num_key_value_heads=groups, initializer_range=0.3, **settings,
-    )  # fmt: skip
-    model: Any = LlamaForCausalLM(config).eval()
+    sizes = {
+        "vocab_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+    }
+    model = llama(**sizes | settings)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data += 0.1 * torch.randn_like(parameter)

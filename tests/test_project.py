@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 
 from methods.find import Catalogue, Found, catalogue
+from methods.stage import Parent
 from workflows.options import fields_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -211,10 +212,11 @@ def example(heading: str) -> str:
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
-    """The three examples of CONTRIBUTING, as a folder for ``--config methods=``."""
+    """The four examples of CONTRIBUTING, as a folder for ``--config methods=``."""
     folder = tmp_path_factory.mktemp("examples")
     for heading, name in (
         ("### A method", "unlearn/capped_ascent.py"),
+        ("### A producer of an assignment", "search/mine.py"),
         ("### A component", "schedule/halving.py"),
         ("### An evaluation", "evaluations/largest_weight.py"),
     ):
@@ -227,6 +229,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
 def test_the_examples_in_contributing_are_found_where_they_lie(outside: Catalogue) -> None:
     for found in (
         outside.method("unlearn.capped_ascent"),
+        outside.method("search.mine"),
         outside.component("schedule", "halving"),
         outside.evaluation("largest_weight"),
     ):
@@ -257,6 +260,33 @@ def test_the_example_method_gives_the_number_worked_out_by_hand(outside: Catalog
     )
     value = sum(float(term.sum) * term.weight / term.count for term in terms.values())
     assert value == pytest.approx(-1.5 * math.log(2), abs=1e-6)
+
+
+def test_the_example_allocator_meets_the_budget_exactly(outside: Catalogue) -> None:
+    """mean|W| / std(W) of (1, -1, 1, -1) is sqrt(3)/2, of (3, 1, 0, 0) it is 1/sqrt(2): the second one loses more.
+
+    Of four weights each loses 2 at level 0. With a reach of 1/4 the second layer is to have 3 zeros and the first 1.
+    """
+    import torch
+
+    from methods.levels._database import Database, Level, Unit
+
+    levels = tuple(Level(str(offset), 2 + offset, (2 + offset) / 4) for offset in (-1, 0, 1))
+    units = [Unit(name, 0, "weights", 2, 2, levels) for name in ("even", "uneven")]
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in ("even", "uneven")})
+    model.requires_grad_(False)
+    model["even"].weight.data = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+    model["uneven"].weight.data = torch.tensor([[3.0, 1.0], [0.0, 0.0]])
+    database = Database(Path("levels"), "sparsity", units, {})
+    method = outside.method("search.mine").load()
+    assignment = method.search(
+        method.Config(levels=Parent("levels"), reach=0.25),
+        SimpleNamespace(levels=lambda _: database, model=model),
+    )
+    assert assignment.levels == {"even": "-1", "uneven": "1"}
+    assert assignment.about["scores"] == pytest.approx({"even": math.sqrt(3) / 2, "uneven": 1 / math.sqrt(2)})
+    assert assignment.spent == {"weights": 4}
+    assignment.check(database)
 
 
 def test_the_example_schedule_halves(outside: Catalogue) -> None:

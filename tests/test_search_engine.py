@@ -21,7 +21,8 @@ import methods.search as family
 from methods.architectures import with_head
 from methods.checkpoint import load_model
 from methods.data import Example, Locator, Style, train_tokenizer
-from methods.levels._database import Database, Writer, encode_columns, encode_sparse
+from methods.levels._database import Database, Writer
+from methods.levels._encodings import encode_columns, encode_sparse
 from methods.progress import Progress
 from methods.search import _candidates, _fitness, evopress, tyr
 from methods.search._candidates import Batch, Removals, Scorer, Swaps, order
@@ -664,6 +665,13 @@ def test_evopress_finds_better_levels_than_the_uniform_ones_at_as_many_zeros(
     assert stage.notes["generations"] == 12
     assert stage.notes["tokens_forwarded"] == 12 * (8 * 100 + 5 * 300) == curve(stage, "tokens")[12]
     assert stage.notes["sub_blocks_reused"] > 0
+
+
+def test_no_generations_leave_the_uniform_levels(tmp_path: Path, parent: Path, levels: Path) -> None:
+    stage = searched(tmp_path, parent, levels, generations=0, holdout=HELD_OUT)
+    assert set(assignment(stage)["levels"].values()) == {"0"}
+    assert list(curve(stage, "holdout")) == [0]
+    assert table(stage.folder / "files" / "fitness.csv") == []
 
 
 def test_the_log_has_a_line_for_every_stage(tmp_path: Path, parent: Path, levels: Path) -> None:

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from methods.progress import Progress
 from methods.prune import magnitude, sparsegpt
 from methods.prune._hessian import Gram, block_grams, sharing
-from methods.prune._masks import spread
 from methods.prune._obs import (
     Budget,
     Pattern,
@@ -26,29 +24,10 @@ from methods.prune._obs import (
     lowest,
     solve,
 )
+from methods.prune._shares import spread
 from methods.prune._walk import Block, decoder_names, linear_weights, prune_blocks, walk
 from methods.stage import AssayError, Interrupted
-
-
-def tiny() -> Any:
-    """A three-layer Llama with random weights; queries in two groups."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def ragged() -> list[Tensor]:
-    """Sequences of 11, 7, 1 and 16 tokens."""
-    draw = torch.Generator().manual_seed(1)
-    return [torch.randint(50, (1, size), generator=draw) for size in (11, 7, 1, 16)]
+from tests.small_models import llama, ragged
 
 
 def layer(rows: int = 12, columns: int = 20, seed: int = 0, mixing: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -63,7 +42,7 @@ def block_of(weight: Tensor, inputs: Tensor) -> Block:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight.clone()
     sequences = [part[None] for part in inputs.split([50, 1, len(inputs) - 51])]
-    return Block(2, nn.Sequential(linear), sequences, [{}] * 3)
+    return Block(2, "block", nn.Sequential(linear), sequences, [{}] * 3)
 
 
 def pruned(weight: Tensor, inputs: Tensor, **options: Any) -> Tensor:
@@ -108,7 +87,7 @@ def test_nothing_added_is_a_sentence() -> None:
 
 
 def test_layers_that_share_their_inputs_share_one_sum() -> None:
-    block = next(walk(tiny(), ragged()))
+    block = next(walk(llama(), ragged()))
     with torch.no_grad():
         grams = block_grams(block)
     groups = [names for _, names in sharing(grams)]
@@ -118,7 +97,7 @@ def test_layers_that_share_their_inputs_share_one_sum() -> None:
 
 
 def test_ragged_sequences_count_token_by_token() -> None:
-    block = next(walk(tiny(), ragged()))
+    block = next(walk(llama(), ragged()))
     seen: list[Tensor] = []
     block.run_watched(lambda name, x: seen.append(x) if name == "mlp.down_proj" else None)
     with torch.no_grad():
@@ -141,7 +120,7 @@ class Routed(nn.Module):
 
 
 def test_a_layer_that_no_token_reaches_is_a_sentence() -> None:
-    block = Block(0, Routed(), [torch.ones(1, 3, 4)], [{}])
+    block = Block(0, "block", Routed(), [torch.ones(1, 3, 4)], [{}])
     assert block_grams(block, ["used"])["used"].tokens == 3
     with pytest.raises(AssayError, match="block 0: idle saw none of the calibration tokens"):
         block_grams(block)
@@ -383,13 +362,13 @@ def test_too_few_tokens_without_damping_are_a_sentence() -> None:
 
 
 def test_blocks_are_known_by_their_names() -> None:
-    assert decoder_names(tiny()) == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    assert decoder_names(llama()) == ["model.layers.0", "model.layers.1", "model.layers.2"]
 
 
 def test_later_blocks_are_pruned_on_the_inputs_that_pruned_ones_give(tmp_path: Path) -> None:
-    model, config = tiny(), sparsegpt.Config(data="case", sparsity=0.5)
+    model, config = llama(), sparsegpt.Config(data="case", sparsity=0.5)
     sparsegpt.prune(config, model, given(ragged()), Progress(tmp_path, 0))
-    again = tiny()
+    again = llama()
     with torch.no_grad():
         for block in walk(again, ragged()):
             sparsegpt.prune_block(config, block)
@@ -401,7 +380,7 @@ def test_later_blocks_are_pruned_on_the_inputs_that_pruned_ones_give(tmp_path: P
 
 def test_an_interrupted_walk_that_changes_weights_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     config = sparsegpt.Config(data="case", sparsity=0.5)
-    whole, stopped, resumed = tiny(), tiny(), tiny()
+    whole, stopped, resumed = llama(), llama(), llama()
     sparsegpt.prune(config, whole, given(ragged()), Progress(tmp_path / "whole", 0))
     progress = Progress(tmp_path / "stopped", 0)
     progress.stopping = True
@@ -417,20 +396,12 @@ def test_an_interrupted_walk_that_changes_weights_goes_on_with_the_same_bits(tmp
 
 
 def test_biases_are_saved_with_the_weights_and_masks_alone_otherwise(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        attention_bias=True,
-    )
+    model = llama(num_hidden_layers=2, attention_bias=True)
     for weights, names, dtype in ((True, 11, torch.float32), (False, 7, torch.bool)):
         progress = Progress(tmp_path / str(weights), 0)
         progress.stopping = True
         with pytest.raises(Interrupted):
-            prune_blocks(LlamaForCausalLM(config), ragged(), progress, lambda block: None, weights)
+            prune_blocks(model, ragged(), progress, lambda block: None, weights)
         state = Progress(tmp_path / str(weights), 0).load()
         assert state is not None and len(state.tensors) == names
         assert {tensor.dtype for tensor in state.tensors.values()} == {dtype}

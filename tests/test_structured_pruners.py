@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import methods.levels as levels_family
 import methods.prune as prune_family
@@ -20,10 +20,12 @@ from methods.levels import tyr
 from methods.levels._database import Database
 from methods.progress import Progress
 from methods.prune import flap, llm_pruner
-from methods.prune._structured import kept_units, lowest, parts, refit, split_evenly
+from methods.prune._refit import refit, split_evenly
+from methods.prune._structured import kept_units, lowest, parts
 from methods.prune._walk import decoder_layers
 from methods.search._assignment import Assignment
 from methods.stage import AssayError, Component, Interrupted, Parent, Stage
+from tests.small_models import llama
 
 DATA = "authors/forget10"
 HIDDEN, NEURONS = 32, 48
@@ -36,19 +38,17 @@ def tokenizer() -> Any:
 
 def tiny(heads: int = 4, groups: int = 2, **settings: Any) -> Any:
     """A two-layer Llama with random weights large enough to prefer some tokens."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=HIDDEN,
-        intermediate_size=NEURONS,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        **settings,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": HIDDEN,
+        "intermediate_size": NEURONS,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+    }
+    return llama(**sizes | settings)
 
 
 def saved(model: Any, tokenizer: Any, folder: Path) -> Path:

@@ -20,7 +20,7 @@ from workflows.checks import Checks
 from workflows.experiment import Experiment, ModelSpec, Resources
 from workflows.notation import Assignment, Call, Chain, Choice, Name
 from workflows.options import OptionField, Resolved, encode_config, encode_what, resolve
-from workflows.parts import TASKS, example, listed, needs_model, parts_of, tasks_of
+from workflows.parts import TASKS, example, is_read, listed, needs_model, parts_of, tasks_of
 from workflows.record import Job, ParentRef, Part, digest, file_sha256
 from workflows.settings import Settings
 from workflows.shorthands import Shorthand, is_shorthand, steps_of
@@ -429,6 +429,7 @@ class Builder:
     def _part(self, call: Call, option: OptionField, name: Name, point: Point) -> Point:
         """The result with the part of it that an option reads."""
         if option.part in point.writes:
+            self._check_files(call, option, name, point)
             parent = point.parent.model_copy(update={"kind": option.part})
             return replace(point, parent=parent)
         text = notation.format_name(name)
@@ -439,7 +440,22 @@ class Builder:
         )
         raise AssayError(
             f"{call.name}: {option.name}={text} reads {option.part}/, but {text} {ends} {listed(point.writes)} only; "
-            f"the option takes {example(self.catalogue, option.part)}."
+            f"the option takes {example(self.catalogue, option.part, option.reads)}."
+        )
+
+    def _check_files(self, call: Call, option: OptionField, name: Name, point: Point) -> None:
+        """Refuse the files of another family, and levels of another kind, before they are made."""
+        if option.reads is None or point.job is None:
+            return
+        method = self.catalogue.method(point.job.method)
+        if is_read(method, option.reads):
+            return
+        text, kind = notation.format_name(name), getattr(method.load(), "KIND", None)
+        of_kind = f" of kind {kind}" if kind and method.family == option.reads.family else ""
+        wanted = f" of kind {option.reads.kind}" if option.reads.kind else ""
+        raise AssayError(
+            f"{call.name}: {option.name}={text} reads the files of a {option.reads.family} stage{wanted}, but {text} "
+            f"ends in {method.name}{of_kind}; the option takes {example(self.catalogue, option.part, option.reads)}."
         )
 
     def job(self, kind: Any, method: str, prefix: str, label: str, resolved: Resolved,

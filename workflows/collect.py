@@ -160,6 +160,10 @@ class Collector:
         yield row | _cost("time", "chain_seconds", chain_seconds, "s", "lower")
         yield row | _cost("memory", "stage_peak_mb", max(each.peak_memory_mb for each in last), "MB", "lower")
         yield from (row | cost for cost in _token_costs(last, before))
+        # of the layers that the last stage quantised, and of the whole model: counted from codes and scales, not stored
+        for name in ("bits_per_weight", "bits_per_weight_model"):
+            if name in record.notes:
+                yield row | _cost("memory", name, float(record.notes[name]), "bits/weight", "lower")
 
     def _profile_rows(self, point: Point) -> Iterator[RowDict]:
         """What every layer got, where the last stage notes a profile (``prune.assigned``)."""
@@ -237,7 +241,9 @@ class Collector:
         for record in records:
             lines = _logged(self.store.result(record.id) / "curve.csv")
             for line in lines:
-                counted = {"value": float(line["value"]) + tokens} if tokens and line["term"] == "tokens" else {}
+                counted = (
+                    {"value": float(line["value"]) + tokens} if tokens and line["term"] == "tokens" else {}
+                )
                 yield {
                     "chain": point.chain, "label": point.label, "model_id": records[-1].id, "seed": point.shown_seed,
                     "method": record.method, **line, "step": int(line["step"]) + steps, **counted,
@@ -334,8 +340,9 @@ def _logged(path: Path) -> list[dict[str, str]]:
 def _token_costs(last: list[Record], before: list[Record]) -> Iterator[RowDict]:
     """Tokens that searches have put through the model; no rows where nothing was searched."""
     stage, chain = _forwarded(last), _forwarded([*last, *before])
-    if chain:
+    if stage:
         yield _cost("tokens", "stage_forwarded", stage, "tokens", "lower")
+    if chain:
         yield _cost("tokens", "chain_forwarded", chain, "tokens", "lower")
 
 

@@ -1,8 +1,9 @@
 """Learning curves: logged terms over the step, with the seeds as a band or as thin lines.
 
 A step is an optimizer step, or a generation of a search; ``along`` names a term that was logged at the same steps, such
-as the tokens of a search, to be drawn over instead. A panel for each term compares chains; a panel for each chain (or model, or method) compares terms, such as the
-accuracy on the training and on the test cases, whose distance in steps is what is called grokking.
+as the tokens of a search, to be drawn over instead. A panel for each term compares chains; a panel for each chain (or
+model, or method) compares terms, such as the accuracy on the training and on the test cases, whose distance in steps is
+what is called grokking.
 """
 
 from __future__ import annotations
@@ -160,7 +161,11 @@ def _names(measured: Measured, runs: Sequence[ChainRun], spec: Spec) -> dict[str
     """What the axes of every term are called, and under ``step`` or the term of ``along`` that below them."""
     logged, terms, along = set(measured.curves["term"]), several(spec["terms"]), spec.get("along", STEP)
     names = {term: term_label(term, logged) for term in (*terms, along)}
-    names |= {term: f"{where} {_fitness(runs)}" for term, where in _SCORES.items() if term in names and _fitness(runs)}
+    names |= {
+        term: f"{where} {_fitness(runs)}"
+        for term, where in _SCORES.items()
+        if term in names and _fitness(runs)
+    }
     return names if "along" in spec else names | {STEP: _step(runs, terms)}
 
 
@@ -174,7 +179,7 @@ _FITNESS = {
 
 def _fitness(runs: Sequence[ChainRun]) -> str:
     """What searches made small, where all of them say it and it is the same."""
-    found = {run.options.get("fitness") for run in runs if run.terms & set(_SCORES)}
+    found = {str(run.options.get("fitness")) for run in runs if run.terms & set(_SCORES)}
     return _FITNESS.get(found.pop(), "") if len(found) == 1 else ""
 
 
@@ -194,7 +199,9 @@ def _named(axes: Axes, own: Sequence[Traced], spec: Spec, title: str, names: Map
         plain_logarithms(axes, {"log": ["x"]})
     else:
         whole = along == STEP
-        axes.xaxis.set_major_locator(MaxNLocator(TICKS[_across(axes) - 1], integer=whole, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(
+            MaxNLocator(TICKS[_across(axes) - 1], integer=whole, steps=[1, 2, 5, 10])
+        )
     for axis, terms in ((axes.xaxis, {along}), (axes.yaxis, {each.term for each in own})):
         if terms == {TOKENS}:
             axis.set_major_formatter(EngFormatter(sep=" "))

@@ -24,6 +24,8 @@ LOST_SHARE = 0.05
 ARROWS = {"higher": "↑", "lower": "↓", "closer_to_0": "→0", "closer_to_1": "→1"}
 DECIMALS_AT_MOST = 6
 WATT_HOURS_BELOW_KWH = 0.1
+MILLIONS_FROM = 1e6
+"""Tokens of a column in which there are so many are counted in millions."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,12 @@ def _decimals(largest: float) -> int:
 
 
 def scale(column: Column, cells: Sequence[Cell]) -> float:
-    """1,000 where energies are so small that watt-hours read better than kWh."""
+    """1,000 where energies are so small that watt-hours read better than kWh; a millionth where tokens are many."""
     if column.relative_to:
         return 1.0
     largest = max((abs(cell.mean) for cell in cells if cell.samples), default=0.0)
+    if column.unit == "tokens":
+        return 1e-6 if largest >= MILLIONS_FROM else 1.0
     return (
         1000.0
         if column.entry == "energy" and column.metric.endswith("_kwh") and largest < WATT_HOURS_BELOW_KWH
@@ -161,6 +165,8 @@ def scale(column: Column, cells: Sequence[Cell]) -> float:
 
 def unit(column: Column, cells: Sequence[Cell]) -> str:
     """The unit as shown, with how energy was obtained where that is the same everywhere."""
+    if column.unit == "tokens" and scale(column, cells) < 1:
+        return "M tokens"
     if column.entry != "energy" or not column.metric.endswith("_kwh"):
         return column.unit
     kinds = _kinds(cells)

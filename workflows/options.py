@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from methods import stage
 from methods.find import Catalogue, Found, nearest
-from methods.stage import AssayError, Component, How, Parent
+from methods.stage import AssayError, Component, Exactly, How, Parent
 from workflows.notation import Call, Name, Value, format_call, format_value
 from workflows.record import PARTS, Part
 
@@ -24,6 +24,8 @@ SMOKE: dict[str, Any] = {
     "stride_tokens": None, "probe_every": 1, "max_new_tokens": 8, "repeats": 1, "warmup_steps": 0,
     "layer": 1, "group": None, "attack_steps": 2,
 }  # fmt: skip
+# What YAML calls it, and what a chain does.
+WORDS = {"true": "True", "false": "False", "null": "None", "none": "None"}
 # Of the steps at which models are kept, the one that any run has.
 SMOKE_KEPT = (1,)
 
@@ -40,6 +42,7 @@ class OptionField:
     reference: bool
     optional: bool
     several: bool = False
+    reads: stage._Reads | None = None
 
     @property
     def part(self) -> Part:
@@ -133,6 +136,7 @@ def _field(field: dataclasses.Field[Any], hint: Any) -> OptionField:
         reference=Parent in plain,
         optional=type(None) in plain,
         several=_is_tuple(hint),
+        reads=next((item for item in metadata if isinstance(item, stage._Reads)), None),
     )
 
 
@@ -200,6 +204,8 @@ class _Builder:
     def value(self, method: str, option: OptionField, given: dict[str, Value]) -> Any:
         if option.name in self.smoke and option.kind is None:
             value = self.smoke[option.name]
+            if isinstance(value, Exactly):
+                return value.value
             if value is None or not isinstance(given.get(option.name, option.default), (int, float)):
                 return value
             return min(value, given.get(option.name, option.default))
@@ -237,7 +243,8 @@ class _Builder:
         kinds = self.catalogue.component_kinds(name.text)
         if option.kind in kinds:
             raise AssayError(f"{method}: {name.text} is a component; write {option.name}={name.text}().")
-        raise AssayError(f"{method}: {name.text} is no value for {option.name}; text needs quotes.")
+        hint = f"write {WORDS[name.text]}" if name.text in WORDS else "text needs quotes"
+        raise AssayError(f"{method}: {name.text} is no value for {option.name}; {hint}.")
 
     def component(self, method: str, option: OptionField, call: Call) -> Component:
         if option.reference or option.kind is None or option.kind == "dataset":

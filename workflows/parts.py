@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from methods.find import Catalogue, Found
-from methods.stage import AssayError
+from methods.stage import AssayError, _Reads
 from workflows.record import PARTS, Part
 
 # how many methods are named as an example
@@ -51,11 +51,19 @@ def listed(parts: Sequence[str]) -> str:
     return " and ".join(f"{part}/" for part in parts)
 
 
-def example(catalogue: Catalogue, part: str) -> str:
+def is_read(found: Found, reads: _Reads | None) -> bool:
+    """Whether an option that reads the files of one family, or of one kind in it, reads those of this method."""
+    if reads is None:
+        return True
+    return found.family == reads.family and reads.kind in (None, getattr(found.load(), "KIND", None))
+
+
+def example(catalogue: Catalogue, part: str, reads: _Reads | None = None) -> str:
     """Which chains have such a part, in words."""
     if part == "model":
         return "a model, or a chain that ends in one"
-    names = [name for name, found in catalogue.methods.items() if part in parts_of(found.load())]
+    writing = {name: found for name, found in catalogue.methods.items() if part in parts_of(found.load())}
+    names = [name for name, found in writing.items() if is_read(found, reads)]
     if not names:
         return f"no method that is known here writes {part}/"
     return f"a chain such as target > {' or target > '.join(names[:FEW])}"

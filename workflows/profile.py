@@ -25,6 +25,7 @@ from workflows.specs import PROFILE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
 _UNIT = re.compile(r"(?:.*?\.)?(?P<block>\d+)\.(?P<layer>.+)")
@@ -128,7 +129,9 @@ def _nothing(runs: Sequence[ChainRun], metric: str) -> str:
     there = dict.fromkeys(row["metric"] for run in runs for row in run.records if row["entry"] == PROFILE)
     if there:
         return f"no chain here has a profile of {metric}; there are profiles of {' and '.join(there)}."
-    return f"no chain here has a profile of {metric}; those that end in prune.assigned or a shorthand for it do."
+    return (
+        f"no chain here has a profile of {metric}; those that end in prune.assigned or a shorthand for it do."
+    )
 
 
 # --- a panel for each layer -------------------------------------------------------------------------------
@@ -172,10 +175,10 @@ def _line(axes: Axes, name: str, place: int, blocks: Mapping[int, Sequence[float
 
 
 def _budgets(every: Sequence[Profile], level: Sequence[Profile], metric: str) -> list[float]:
-    """What chains were asked to reach on average, where no uniform chain stands for it; bits are asked without scales."""
-    asked = [each.run.options.get("sparsity") for each in every if metric != "bits"]
+    """What chains were asked to reach on average, where no uniform chain stands for it. Bits count scales, too."""
+    asked = {each.run.options.get("sparsity") for each in every if metric != "bits"}
     shown = [mean for each in level for mean in each.means]
-    wanted = sorted({float(value) for value in asked if type(value) in (int, float)})
+    wanted = sorted(float(value) for value in asked if isinstance(value, (int, float)))
     return [value for value in wanted if not any(_is_same([value, mean]) for mean in shown)]
 
 
@@ -248,12 +251,17 @@ def _cells(
     axes.spines[:].set_visible(False)
 
 
-def _shade(share: float) -> tuple[float, ...]:
+def _colors() -> LinearSegmentedColormap:
     """From what is kept to what is gone."""
-    from matplotlib.colors import to_rgb
+    from matplotlib.colors import LinearSegmentedColormap
 
-    kept, gone = map(to_rgb, SHADES)
-    return tuple(low + (high - low) * share for low, high in zip(kept, gone, strict=True))
+    return LinearSegmentedColormap.from_list("profile", SHADES)
+
+
+def _shade(share: float) -> str:
+    from matplotlib.colors import to_hex
+
+    return to_hex(_colors()(share))
 
 
 def _shades(image: Figure, several: bool) -> None:
@@ -270,11 +278,10 @@ def _shades(image: Figure, several: bool) -> None:
 def _bar(image: Figure, panels: Sequence[Axes], low: float, high: float, label: str) -> None:
     """The scale of the shades; a level with itself has no scale."""
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.colors import Normalize
 
-    colors = LinearSegmentedColormap.from_list("profile", SHADES)
     look: dict[str, Any] = {"fraction": 0.03, "pad": 0.02, "aspect": 9 * image.get_figheight()}
-    image.colorbar(ScalarMappable(Normalize(low, high), colors), ax=list(panels), label=label, **look)
+    image.colorbar(ScalarMappable(Normalize(low, high), _colors()), ax=list(panels), label=label, **look)
 
 
 # --- names and words --------------------------------------------------------------------------------------
@@ -285,7 +292,9 @@ def _named(axes: Axes, title: str) -> None:
 
     across = _across(axes)
     draw.title(axes, title, LETTERS_OF_A_TITLE[across - 1], 9.0)
-    axes.xaxis.set_major_locator(MaxNLocator(TICKS[across - 1], integer=True, steps=[1, 2, 4, 5, 10], min_n_ticks=1))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(TICKS[across - 1], integer=True, steps=[1, 2, 4, 5, 10], min_n_ticks=1)
+    )
 
 
 def _across(axes: Axes) -> int:

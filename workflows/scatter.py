@@ -77,7 +77,7 @@ def scatter(measured: Measured, runs: Sequence[ChainRun], spec: Spec, name: str)
     draw.legend_below(image, handles, [handle.get_label() for handle in handles])
     axes.margins(0.12)
     plain_logarithms(axes, spec)
-    _large_numbers(axes, plot, spec)
+    _large_numbers(axes, plot)
     line = list(zip(plot.means("x", best), plot.means("y", best), strict=True))
     draw.place_labels(image, axes, _labels(plot, areas), line)
     return image, _caption(plot, best)
@@ -121,8 +121,12 @@ def _called_by_sweep(plot: Scatter, runs: Sequence[ChainRun]) -> Scatter:
     members: dict[str, list[ChainRun]] = {}
     for run, point in zip(runs, plot.points, strict=True):
         members.setdefault(point.group, []).append(run)
-    families = [group for group, own in members.items() if len(own) > 1 and len({run.group for run in own}) == 1]
-    options = list(dict.fromkeys(option for group in families for run in members[group] for option in run.swept))
+    families = [
+        group for group, own in members.items() if len(own) > 1 and len({run.group for run in own}) == 1
+    ]
+    options = list(
+        dict.fromkeys(option for group in families for run in members[group] for option in run.swept)
+    )
     points = [replace(point, name=_swept(run, options)) if point.group in families else point
               for run, point in zip(runs, plot.points, strict=True)]  # fmt: skip
     return replace(plot, points=points, families=families, swept=" and ".join(options))
@@ -144,17 +148,19 @@ def _family_lines(axes: Axes, plot: Scatter) -> None:
     """A faint line through the points of every sweep that is called by its option."""
     groups = list(dict.fromkeys(point.group for point in plot.points))
     for family in plot.families:
-        own = sorted((point for point in plot.points if point.group == family), key=lambda point: point.x.mean)
+        own = sorted(
+            (point for point in plot.points if point.group == family), key=lambda point: point.x.mean
+        )
         axes.plot(plot.means("x", own), plot.means("y", own), color=draw.look(groups.index(family))["color"],
                   linewidth=1.0, alpha=0.45, zorder=1.5)  # fmt: skip
 
 
-def _large_numbers(axes: Axes, plot: Scatter, spec: Spec) -> None:
+def _large_numbers(axes: Axes, plot: Scatter) -> None:
     """Ticks such as 1.2 M where numbers are too large to be written out."""
     from matplotlib.ticker import EngFormatter
 
     for side in "xy":
-        if side not in spec.get("log", ()) and max(map(abs, plot.means(side))) >= LARGE:
+        if max(map(abs, plot.means(side))) >= LARGE:
             getattr(axes, f"{side}axis").set_major_formatter(EngFormatter(sep=" "))
 
 

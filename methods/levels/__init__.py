@@ -5,9 +5,9 @@ A method file says what its levels are in ``KIND`` (``sparsity``, ``bits`` or ``
 are ``finished``: what is there when a job is killed is not computed again. A job that is asked to stop does so behind
 the layer it is at. The result is a ``files/`` folder that ``_database.Database`` reads.
 
-Where a method passes no errors on from layer to layer, ``build`` must leave the model as it was, bit for bit.
+``build`` must leave the model as it was, bit for bit, also where errors are passed on from block to block.
 
-REVISION covers ``_database`` and ``_sparsity``.
+REVISION covers the private modules of this folder; ``_database`` has one of its own for those who read levels.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ UNFINISHED = "levels"
 
 def run(stage: Stage, method: ModuleType) -> None:
     """Build the levels of ``stage.parents["model"]`` into ``stage.folder / "files"``."""
-    from methods.checkpoint import load_model, weight_marks
-    from methods.levels._database import Writer, linear_layers
+    from methods.checkpoint import load_model
+    from methods.levels._database import Writer
     from methods.progress import link
     from methods.prune import Calibration
 
     model = load_model(stage.parents["model"], dtype="float32").requires_grad_(False)
-    # Taken before the walk: a method may pass the errors of one block on to the next.
-    marks = weight_marks(linear_layers(model))
     # Beside the state, because the stage's folder does not outlive a stop.
     writer = Writer(stage.progress.scratch / UNFINISHED, method.KIND, stage.progress.stop_if_asked)
     stage.notes["resumed_from_step"] = writer.count
@@ -39,7 +37,7 @@ def run(stage: Stage, method: ModuleType) -> None:
         method.build(stage.config, model, Calibration(stage), stage.progress, writer)
     finally:
         stage.progress.release()
-    units = writer.close(model, {"method": stage.method}, marks)
+    units = writer.close(model, {"method": stage.method})
     files = stage.folder / "files"
     shutil.copytree(writer.folder, files, copy_function=link)
     stage.notes["units"] = len(units)

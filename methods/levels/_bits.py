@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from methods.prune._grids import Grid, Quantised
+from annotated_types import Ge, Gt, Le
+
+from methods.prune._grids import Grid, Gridded, Kind, Quantised
 from methods.stage import AssayError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from methods.levels._database import Writer
+    from methods.levels._encodings import Encoded
 
-    from methods.levels._database import Encoded, Writer
 
-REVISION = 1
+@dataclass(frozen=True, kw_only=True)
+class Widths(Gridded):
+    """Options of every database of bit-widths."""
+
+    # Bit-widths of every layer; the shipped scripts of EvoPress take 2 to 6.
+    bits: tuple[Annotated[int, Ge(2), Le(8)], ...] = (2, 3, 4, 5, 6)
+    # Inputs that share a scale, None for all of a row; 128 in EvoPress. A last, shorter group has its own scale.
+    group: Annotated[int, Gt(0)] | None = 128
+    # "evopress": the range is that of the weights. "official" (GPTQ): 0 always has a code.
+    grid: Kind = "evopress"
 
 
 def check_bits(method: str, bits: Sequence[int]) -> None:
@@ -22,18 +34,6 @@ def check_bits(method: str, bits: Sequence[int]) -> None:
         raise AssayError(
             f"{method}: bits={list(bits)} must name bit-widths, each of them once, such as [2,3,4]."
         )
-
-
-def layers_of(model: PreTrainedModel) -> Iterator[tuple[int, str, str]]:
-    """Every linear layer of the decoder: its block, its name in the model and its name in the block."""
-    from torch import nn
-
-    from methods.prune._walk import decoder_layers, decoder_names
-
-    for index, (name, block) in enumerate(zip(decoder_names(model), decoder_layers(model), strict=True)):
-        for inner, part in block.named_modules():
-            if isinstance(part, nn.Linear):
-                yield index, f"{name}.{inner}", inner
 
 
 def write_layer(
@@ -59,7 +59,7 @@ def encoded(level: Quantised, bits: int, grid: Grid) -> Encoded:
     """A layer's codes, and its scales and zero points in the precision they were rounded to."""
     import torch
 
-    from methods.levels._database import encode_codes
+    from methods.levels._encodings import encode_codes
 
     precision = getattr(torch, grid.scales)
     # Groups of equal size need no table of which input is in which.

@@ -1,19 +1,9 @@
 """Level databases: every linear layer at every level of compression, written once, read often.
 
 A folder holds ``levels.json`` and one ``<module name>.safetensors`` per layer, whose tensors are named
-``<level>/<part>``. How a level was encoded stands in the file's own header, so that a half-built database
-can be gone on with. Weights are decoded as float32.
-
-==========  ===========================================  ====================================================
-encoding    parts                                        decoded
-==========  ===========================================  ====================================================
-sparse      mask (a bit for each weight), values         the values where the mask is set
-codes       planes (bits of the codes), scale, zero      scale * (code - zero), 0 where a pruned mask says so
-columns     kept (input columns), values                 the values in the kept columns
-dense       values                                       the values
-==========  ===========================================  ====================================================
-
-No pickle is read or written, and nothing outside the folder.
+``<level>/<part>``; ``_encodings`` says what the parts are. How a level was encoded stands in the file's own header, so
+that a half-built database can be gone on with. Weights are decoded as float32. No pickle is read or written, and
+nothing outside the folder. REVISION covers ``_encodings``.
 """
 
 from __future__ import annotations
@@ -29,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.find import nearest
+from methods.levels._encodings import Encoded
 from methods.stage import AssayError, NotFinite
 
 if TYPE_CHECKING:
-    import numpy
     from torch import Tensor, nn
 
 REVISION = 1
@@ -99,161 +89,6 @@ def _unit(entry: Mapping[str, Any]) -> Unit:
     return unit
 
 
-# --- encodings ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A weight [rows,columns] as it is stored: the name of its encoding, and its parts."""
-
-    encoding: str
-    rows: int
-    columns: int
-    parts: Mapping[str, Tensor]
-
-    def decode(self) -> Tensor:
-        """The weight [rows,columns] in float32."""
-        return _DECODERS[self.encoding](self)
-
-
-def encode_sparse(weight: Tensor) -> Encoded:
-    """A weight [out,in] by the places and the values of what is not 0, in its own dtype."""
-    kept = weight != 0
-    parts = {"mask": _packed(kept), "values": weight[kept]}
-    return _encoded("sparse", weight, parts)
-
-
-def encode_codes(
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    bits: int,
-    group_of: Tensor | None = None,
-    pruned: Tensor | None = None,
-) -> Encoded:
-    """Codes [out,in] of 0 to 2^bits - 1 with scale and zero [out,groups]: scale * (code - zero) in float32.
-
-    Args:
-        group_of: the group [in] of each input column; default: as many consecutive columns for each group.
-        pruned: which weights [out,in] are 0 whatever their code; left out where none is.
-    """
-    if not 1 <= bits <= 8 or int(codes.max()) >= 2**bits:
-        raise ValueError(f"codes up to {int(codes.max())} do not fit into {bits} bits (1 to 8)")
-    if group_of is None and codes.shape[1] % scale.shape[1]:
-        raise ValueError(
-            f"{codes.shape[1]} columns do not divide into {scale.shape[1]} groups; give group_of"
-        )
-    parts = {"planes": _planes(codes, bits), "scale": scale, "zero": zero}
-    if group_of is not None:
-        parts["group_of"] = group_of.int()
-    if pruned is not None and bool(pruned.any()):
-        parts["pruned"] = _packed(pruned)
-    return _encoded("codes", codes, parts)
-
-
-def encode_columns(weight: Tensor) -> Encoded:
-    """A weight [out,in] by its input columns that are not all 0, in its own dtype."""
-    kept = (weight != 0).any(dim=0).nonzero().flatten()
-    return _encoded("columns", weight, {"kept": kept.int(), "values": weight[:, kept]})
-
-
-def encode_dense(weight: Tensor) -> Encoded:
-    """A weight [out,in] as it is, in its own dtype."""
-    return _encoded("dense", weight, {"values": weight})
-
-
-def _encoded(encoding: str, weight: Tensor, parts: Mapping[str, Tensor]) -> Encoded:
-    rows, columns = weight.shape
-    return Encoded(encoding, rows, columns, parts)
-
-
-def _decode_sparse(encoded: Encoded) -> Tensor:
-    import torch
-
-    kept = _unpacked(encoded.parts["mask"], encoded.rows * encoded.columns)
-    values = encoded.parts["values"]
-    if int(kept.sum()) != len(values):
-        raise ValueError(f"a mask of {int(kept.sum())} weights has {len(values)} values")
-    weight = torch.zeros(encoded.rows * encoded.columns)
-    return weight.masked_scatter_(kept, values.float()).view(encoded.rows, encoded.columns)
-
-
-def _decode_codes(encoded: Encoded) -> Tensor:
-    parts, size = encoded.parts, encoded.rows * encoded.columns
-    codes = _codes(parts["planes"], size).view(encoded.rows, encoded.columns).float()
-    scale, zero = parts["scale"].float(), parts["zero"].float()
-    if "group_of" in parts:
-        columns = parts["group_of"].long()
-        weight = scale[:, columns] * (codes - zero[:, columns])
-    else:
-        grouped = codes.unflatten(1, (scale.shape[1], -1))
-        weight = (scale[:, :, None] * (grouped - zero[:, :, None])).flatten(1)
-    if "pruned" in parts:
-        weight.masked_fill_(_unpacked(parts["pruned"], size).view_as(weight), 0.0)
-    return weight
-
-
-def _decode_columns(encoded: Encoded) -> Tensor:
-    import torch
-
-    weight = torch.zeros(encoded.rows, encoded.columns)
-    return weight.index_copy_(1, encoded.parts["kept"].long(), encoded.parts["values"].float())
-
-
-def _decode_dense(encoded: Encoded) -> Tensor:
-    return encoded.parts["values"].float().view(encoded.rows, encoded.columns)
-
-
-_DECODERS: dict[str, Callable[[Encoded], Tensor]] = {
-    "sparse": _decode_sparse,
-    "codes": _decode_codes,
-    "columns": _decode_columns,
-    "dense": _decode_dense,
-}
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """Eight entries of a boolean tensor to a byte, first ones first: uint8 [ceil(n/8)]."""
-    import numpy
-    import torch
-
-    return torch.from_numpy(numpy.packbits(mask.detach().cpu().numpy().ravel()))
-
-
-def _unpacked(packed: Tensor, count: int) -> Tensor:
-    """The first ``count`` entries of what ``_packed`` packed: bool [count]."""
-    import torch
-
-    return torch.from_numpy(_bits(packed, count)).view(torch.bool)
-
-
-def _bits(packed: Tensor, count: int) -> numpy.ndarray:
-    """0 or 1 for each of the first ``count`` bits; numpy would fill up too short a tensor with zeros."""
-    import numpy
-
-    if packed.numel() != -(-count // 8):
-        raise ValueError(f"{packed.numel()} bytes are not those of {count} bits")
-    return numpy.unpackbits(packed.numpy(), count=count)
-
-
-def _planes(codes: Tensor, bits: int) -> Tensor:
-    """Bit after bit of all codes: uint8 [bits, ceil(n/8)]. Every width from 1 to 8 takes exactly its bits."""
-    import torch
-
-    flat = codes.detach().cpu().to(torch.uint8).flatten()
-    return torch.stack([_packed((flat >> bit & 1).bool()) for bit in range(bits)])
-
-
-def _codes(planes: Tensor, count: int) -> Tensor:
-    """The codes uint8 [count] behind their bit planes."""
-    import torch
-
-    codes = _bits(planes[0], count)
-    for bit in range(1, len(planes)):
-        codes |= _bits(planes[bit], count) << bit
-    return torch.from_numpy(codes)
-
-
 # --- writing --------------------------------------------------------------------------------------------------
 
 
@@ -303,6 +138,8 @@ class Writer:
         import torch
         from safetensors.torch import save_file
 
+        from methods.progress import flush
+
         tensors = {
             # A copy: levels may share memory with each other, which the format has no way to say.
             f"{level}/{part}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -314,7 +151,7 @@ class Writer:
         temporary = self.folder / f"tmp-{uuid.uuid4().hex}"
         save_file(tensors, temporary, metadata={"unit": json.dumps(entry)})
         temporary.chmod(0o644)
-        _flush(temporary)
+        flush(temporary)
         temporary.rename(_path(self.folder, unit_name))
         if self.written is not None:
             self.written(self.count)
@@ -347,14 +184,11 @@ class Writer:
         """What was written [rows,columns], for layers behind a finished one."""
         return _LayerFile(_path(self.folder, unit_name)).weight(level)
 
-    def close(
-        self, model: nn.Module, about: Mapping[str, Any], marks: Mapping[str, list[Any]] | None = None
-    ) -> tuple[Unit, ...]:
-        """Write ``levels.json``; the layers come in the order of the model's modules.
+    def close(self, model: nn.Module, about: Mapping[str, Any]) -> tuple[Unit, ...]:
+        """Write ``levels.json``, with marks of the dense model's weights; the layers come in its modules' order.
 
         Args:
             about: what the levels were measured with, for whoever reads them.
-            marks: ``weight_marks`` of the dense layers, where the model has been changed since.
         """
         from methods.checkpoint import weight_marks
 
@@ -365,7 +199,7 @@ class Writer:
             "kind": self.kind,
             "units": [asdict(file.unit) for file in files],
             "about": dict(about),
-            "layers": dict(marks if marks is not None else weight_marks(linears)),
+            "layers": weight_marks(linears),
         }
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
         (self.folder / ABOUT).write_text(text, encoding="utf-8")
@@ -388,13 +222,6 @@ def _refuse_not_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             level = key.partition("/")[0]
             raise NotFinite(f"level {level} of {name} is not finite everywhere: no database is written.")
-
-
-def _flush(path: Path) -> None:
-    import os
-
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 # --- reading --------------------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt, Lt
 
-from methods.stage import AssayError, Dataset
+from methods.levels._blocks import Measured, build_blocks
+from methods.stage import AssayError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from methods.levels._database import Writer
@@ -54,18 +55,12 @@ class Sparsities:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrated(Sparsities):
-    """Options of databases that look at activations."""
+class MeasuredSparsities(Sparsities, Measured):
+    """Options of databases of sparsities that look at activations."""
 
-    # Named data set the activations are measured on; FineWeb-Edu in the paper.
-    data: Dataset
-    # Tokens of it; 2^23 in the official code. They are drawn by the seed, in whole sequences.
-    calibration_tokens: Annotated[int, Gt(0)] = 8192
-    # Longest calibration sequence; 8,192 in the official code.
-    context_tokens: Annotated[int, Gt(0)] = 2048
     # "none": every layer is measured on the dense model's activations, as in the official code. "uniform": on those
     # behind predecessors at level 0.
-    propagate: Literal["none", "uniform"] = "none"
+    error_propagation: Literal["none", "uniform"] = "none"
 
 
 @dataclass(frozen=True)
@@ -134,7 +129,7 @@ def ladder(config: Sparsities, unit: str, numel: int, zeros: int, step: int, met
 
 
 def build(
-    config: Calibrated,
+    config: MeasuredSparsities,
     model: PreTrainedModel,
     calibration: Calibration,
     progress: Progress,
@@ -143,60 +138,24 @@ def build(
     solver: Solver,
 ) -> None:
     """Write the levels of all layers, block after block; the model is left as it was."""
-    import torch
-
-    from methods.prune._walk import decoder_names, walk
-
     planned = ladders(config, model, method)
     sequences = calibration.windows(config.data, config.calibration_tokens, config.context_tokens)
-    names, installed = decoder_names(model), _Installed(writer)
-    steps = progress.bar(len(names), "blocks with all levels")
-    with torch.no_grad():
-        for _, block in zip(steps, walk(model, sequences), strict=False):
-            installed.take_back()
-            units = {name: f"{names[block.index]}.{name}" for name in block.linears()}
-            missing = {name: planned[unit] for name, unit in units.items() if not writer.finished(unit)}
-            if missing:
-                for name, made in solver(block, missing):
-                    write(config, writer, block.index, missing[name], made)
-            if config.propagate == "uniform":
-                installed.put({units[name]: linear for name, linear in block.linears().items()})
-            save_if_due(progress, block.index + 1)
-        installed.take_back()
 
+    def build_block(block: Block) -> dict[str, Tensor]:
+        units = {name: block.full(name) for name in block.linears()}
+        missing = {name: planned[unit] for name, unit in units.items() if not writer.finished(unit)}
+        for name, made in solver(block, missing) if missing else ():
+            write(config, writer, block.index, missing[name], made)
+        # As it was written, so that a resumed job sees the same.
+        passed_on = units if config.error_propagation == "uniform" else {}
+        return {name: writer.weight(unit, "0") for name, unit in passed_on.items()}
 
-def save_if_due(progress: Progress, blocks: int) -> None:
-    """Save how far the job is, its account of energy with it; raises Interrupted if asked to stop.
-
-    The levels themselves are safe already: the writer keeps every finished layer.
-    """
-    if progress.due(blocks):
-        progress.save(blocks, {}, {})
-
-
-class _Installed:
-    """The uniform level in place of a block's dense weights, while the block is run for its successor's inputs."""
-
-    def __init__(self, writer: Writer) -> None:
-        self.writer = writer
-        self._dense: list[tuple[nn.Linear, Tensor]] = []
-
-    def put(self, linears: Mapping[str, nn.Linear]) -> None:
-        """Level 0 of these layers, as it was written, so that a resumed job sees the same."""
-        for unit, linear in linears.items():
-            self._dense.append((linear, linear.weight.detach().clone()))
-            linear.weight.copy_(self.writer.weight(unit, "0"))
-
-    def take_back(self) -> None:
-        """The dense weights again."""
-        for linear, dense in self._dense:
-            linear.weight.copy_(dense)
-        self._dense.clear()
+    build_blocks(model, sequences, progress, build_block)
 
 
 def write(config: Sparsities, writer: Writer, block: int, planned: Ladder, made: Iterable[Made]) -> None:
     """Write the levels of one layer, checking that each has exactly the zeros it is counted with."""
-    from methods.levels._database import encode_sparse
+    from methods.levels._encodings import encode_sparse
 
     levels, costs = {}, {}
     for offset, weight, removed in made:

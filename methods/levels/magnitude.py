@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from methods.levels._sparsity import Ladder, Made, Sparsities, ladders, save_if_due, write
+from methods.levels._blocks import build_layers
+from methods.levels._sparsity import Ladder, Made, Sparsities, ladders, write
 from methods.stage import Claim
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ USES = ("methods.prune._walk", "methods.checkpoint")
 KIND = "sparsity"
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
+SMOKE = {"levels": 2, "weights_step": None, "calibration_tokens": 256}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +47,12 @@ def build(
     writer: Writer,
 ) -> None:
     """Write the levels of every layer of the decoder."""
-    import torch
-
-    from methods.prune._walk import decoder_names
-
-    blocks = decoder_names(model)
     planned = ladders(config, model, "levels.magnitude")
-    with torch.no_grad():
-        for done, (unit, ladder) in enumerate(planned.items(), start=1):
-            if not writer.finished(unit):
-                block = next(at for at, name in enumerate(blocks) if unit.startswith(f"{name}."))
-                weight = model.get_parameter(f"{unit}.weight").detach()
-                write(config, writer, block, ladder, levels(weight, ladder))
-            save_if_due(progress, done)
+
+    def build_layer(block: int, name: str, weight: Tensor) -> None:
+        write(config, writer, block, planned[name], levels(weight, planned[name]))
+
+    build_layers(model, progress, writer, build_layer)
 
 
 def levels(weight: Tensor, ladder: Ladder) -> Iterator[Made]:

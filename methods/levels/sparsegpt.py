@@ -8,7 +8,8 @@ Hessian and are solved side by side, each by itself. Level l has
     zeros(l) = round(s numel) + l weights_step
 
 All linear layers of a block share one pass of the dense block. The weights of finished blocks are not put in place, so
-that all levels see dense activations; ``propagate="uniform"`` puts level 0 there before the next block is measured.
+that all levels see dense activations; ``error_propagation="uniform"`` puts level 0 there before the next block is
+measured.
 
 Where this differs from the official code: it prunes round(count (s + l weights_step / numel)) weights in each block of
 columns, whose sum may miss zeros(l) by a few; ``threshold="exact"`` shares the rounding out over the blocks so that it
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, Gt
 
 from methods.levels import _sparsity
-from methods.levels._sparsity import Calibrated, Ladder, Made
+from methods.levels._sparsity import Ladder, Made, MeasuredSparsities
 from methods.prune._hessian import block_grams, checked_hessian, sharing
 from methods.prune._obs import Budget, always_pruned, budget, dead_columns, inverse_factor, solve
 from methods.stage import Claim
@@ -47,6 +48,7 @@ USES = (
     "methods.prune._hessian",
     "methods.prune._masks",
     "methods.prune._obs",
+    "methods.prune._shares",
     "methods.prune._walk",
     "methods.data",
     "methods.checkpoint",
@@ -54,13 +56,14 @@ USES = (
 KIND = "sparsity"
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
+SMOKE = {"levels": 2, "weights_step": None, "calibration_tokens": 256}
 
 # As many levels of a layer are solved side by side as fit here: it bounds memory, and past it nothing is gained.
 SIDE_BY_SIDE_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Calibrated):
+class Config(MeasuredSparsities):
     """Options of ``levels.sparsegpt``."""
 
     # Columns whose weights are compared with each other; 128 in the official code.

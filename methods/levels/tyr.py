@@ -2,7 +2,7 @@
 
 Li, Xu, Li et al. 2025, "Týr-the-Pruner: Structural Pruning LLMs via Global Sparsity Distribution Optimization"
 (NeurIPS 2025, arXiv 2503.09657; AMD-AGI/Tyr-the-Pruner, ``src/pruner.py``, ``src/local_pruner.py``): the supernet of
-one of its iterations. ``prune._structured`` has the equations of the local pruner. ``score="osscar"`` is that of its
+one of its iterations. ``prune._refit`` has the equations of the local pruner. ``score="osscar"`` is that of its
 ancestor OSSCAR (Meng et al. 2024; mazumder-lab/OSSCAR).
 
 Level j of a matrix has ``centre + j * step`` units less than the dense one, j = -4..4, as far as it has so many. Level
@@ -32,8 +32,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from methods.prune._structured import Heads, Rounding, Score
-from methods.stage import AssayError, Claim, Dataset, Files
+from methods.levels._blocks import Measured, build_blocks
+from methods.prune._refit import Score
+from methods.prune._structured import Heads, Rounding
+from methods.stage import AssayError, Assigned, Claim
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,6 +55,7 @@ SEEDED = True
 USES = (
     "methods.search._assignment",
     "methods.prune",
+    "methods.prune._refit",
     "methods.prune._structured",
     "methods.prune._hessian",
     "methods.prune._walk",
@@ -62,14 +65,13 @@ USES = (
 )
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
+SMOKE = {"levels": 3, "least_neurons": 1, "calibration_tokens": 256}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Measured):
     """Which levels there are, and how what stays is refitted."""
 
-    # Named data set the layers' inputs are measured on; FineWeb-Edu in the shipped script.
-    data: Dataset
     # Share of heads and of neurons that level "0" has lost: in every layer, or on average with a centre.
     sparsity: Annotated[float, Ge(0), Lt(1)]
     # Share of the units between two levels; 0.125 in the first iteration of the shipped script.
@@ -77,7 +79,7 @@ class Config:
     # Levels of a matrix, half of them on either side of the centre; 9 in the shipped script.
     levels: Annotated[int, Ge(3)] = 9
     # An assignment of levels.tyr: what each layer has lost there is its centre here. None: the same share everywhere.
-    center: Files | None = None
+    center: Assigned | None = None
     # Neurons between two levels, at least; 32 in the shipped script, for models of 11,008 in a layer.
     least_neurons: Annotated[int, Gt(0)] = 32
     # What a head is: a key-value group with all its query heads, or a query head (the released code).
@@ -95,10 +97,6 @@ class Config:
     # Units at the centre: "exact" refuses a share that whole units cannot meet, "nearest" takes the nearest;
     # "official" keeps int(units * (1 - s)) at every level, which floors binary floats: budgets may miss by a unit.
     rounding: Rounding = "exact"
-    # Tokens that inputs are measured on, at least; 4,194,304 in the shipped script.
-    calibration_tokens: Annotated[int, Gt(0)] = 4096
-    # Longest calibration sequence; 4,096 in the shipped script.
-    context_tokens: Annotated[int, Gt(0)] = 2048
     # What the weights are stored in; float16 in the released code.
     saved: Literal["float32", "bfloat16", "float16"] = "float32"
     # Whether weights that are 0 in the parent are 0 at every level.
@@ -134,32 +132,14 @@ def build_on(
     writer: Writer,
 ) -> None:
     """The same from token sequences [1,T]; ``plan`` has the removed units of every level by the part's name."""
-    import torch
 
-    from methods.prune._walk import decoder_layers, walk
+    def build(block: Block) -> dict[str, Tensor]:
+        own = [part for part in found if part.block == block.index]
+        build_block(config, block, own, plan, writer)
+        passed = own if config.error_propagation != "none" else []
+        return {part.local: passed_on(config, part, plan[part.name], writer) for part in passed}
 
-    changed: list[tuple[Part, Tensor]] = []
-    with torch.no_grad():
-        bar = progress.bar(len(decoder_layers(model)), "blocks at every level")
-        for _, block in zip(bar, walk(model, sequences), strict=False):
-            # Its outputs have been computed by now.
-            put_back(changed)
-            own = [part for part in found if part.block == block.index]
-            build_block(config, block, own, plan, writer)
-            if config.error_propagation != "none":
-                changed = [(part, part.linear.weight.data.clone()) for part in own]
-                for part in own:
-                    part.linear.weight.data.copy_(passed_on(config, part, plan[part.name], writer))
-            if progress.due(block.index + 1):
-                progress.save(block.index + 1, {}, {})
-        put_back(changed)
-
-
-def put_back(changed: list[tuple[Part, Tensor]]) -> None:
-    """Give the parts their dense weights again, and forget them."""
-    while changed:
-        part, dense = changed.pop()
-        part.linear.weight.data.copy_(dense)
+    build_blocks(model, sequences, progress, build)
 
 
 # --- which levels ---------------------------------------------------------------------------------------------
@@ -271,7 +251,7 @@ def write_part(config: Config, part: Part, gram: Tensor, plan: Mapping[str, int]
     """Write all levels of one part; ``gram`` [in,in] is the sum of x x^T over the calibration tokens."""
     import torch
 
-    from methods.levels._database import encode_columns
+    from methods.levels._encodings import encode_columns
 
     found = solved(config, part, gram, plan)
     stored = {level: weight.to(getattr(torch, config.saved)) for level, weight in found.items()}
@@ -287,7 +267,7 @@ def write_part(config: Config, part: Part, gram: Tensor, plan: Mapping[str, int]
 
 def solved(config: Config, part: Part, gram: Tensor, plan: Mapping[str, int]) -> dict[str, Tensor]:
     """The weight [out,in] of one part at every level."""
-    from methods.prune._structured import refit
+    from methods.prune._refit import refit
 
     weights = refit(
         part.linear.weight.data,

@@ -8,7 +8,8 @@ built there with SparseGPT. Level l of a layer has round(s numel) + l ``weights_
 Wanda removes the same number in every row. Where a level's zeros do not divide by the rows, the first rows lose one
 more, so that the total is exact; a row that has more zeros in the parent keeps them, and the others lose fewer.
 
-Weights that stay are not changed, and all levels are measured on the dense model unless ``propagate`` says otherwise.
+Weights that stay are not changed, and all levels are measured on the dense model unless ``error_propagation`` says
+otherwise.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from methods.levels import _sparsity
-from methods.levels._sparsity import Calibrated, Ladder, Made
+from methods.levels._sparsity import Ladder, Made, MeasuredSparsities
 from methods.prune._hessian import input_energies
-from methods.prune._masks import spread
+from methods.prune._shares import spread
 from methods.stage import Claim
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ SEEDED = True
 USES = (
     "methods.prune",
     "methods.prune._hessian",
-    "methods.prune._masks",
+    "methods.prune._shares",
     "methods.prune._walk",
     "methods.data",
     "methods.checkpoint",
@@ -45,10 +46,11 @@ USES = (
 KIND = "sparsity"
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
+SMOKE = {"levels": 2, "weights_step": None, "calibration_tokens": 256}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Calibrated):
+class Config(MeasuredSparsities):
     """Options of ``levels.wanda``."""
 
 

@@ -26,13 +26,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Gt
 
 from methods.prune._walk import linear_weights
-from methods.stage import AssayError, Stage
+from methods.stage import AssayError, Dataset, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +75,18 @@ def is_structural(method: ModuleType, config: Any) -> bool:
     """Whether the method's options alone say that whole units go."""
     structural = getattr(method, "structural", None)
     return structural is not None and bool(structural(config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """Options of methods that look at activations; a ``Config`` inherits them."""
+
+    # Named data set the activations are measured on; C4 in the papers of Wanda, SparseGPT, GPTQ and OWL.
+    data: Dataset
+    # Calibration sequences; 128 in these papers.
+    sequences: Annotated[int, Gt(0)] = 128
+    # Longest calibration sequence; 2,048 in these papers, the full context of the first LLaMA.
+    context_tokens: Annotated[int, Gt(0)] = 2048
 
 
 class Calibration:
@@ -122,6 +137,17 @@ class Calibration:
         self.stage.notes["calibration_sequences"] = len(sequences)
         self.stage.notes["calibration_tokens"] = sum(map(len, sequences))
         return [torch.tensor([ids]) for ids in sequences]
+
+
+def sequence_nll(model: Any, ids: Tensor) -> Tensor:
+    """Nats of the tokens of one calibration sequence [1,T] after the first, summed: a scalar, 0 for a single token."""
+    import torch
+
+    from methods.data import Part
+    from methods.terms import forward, token_nll
+
+    ids = ids.to(model.device)
+    return token_nll(forward(model, Part(ids, torch.ones_like(ids), ids, "calibration"))).sum()
 
 
 # --- results -----------------------------------------------------------------------------------------

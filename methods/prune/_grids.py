@@ -18,12 +18,17 @@ Frantar et al. 2023, "GPTQ" (IST-DASLab/gptq, ``quant.py``) and Sieberling et al
 * 0 is a code of every official and symmetric grid, and of every evopress group that holds a weight that is 0 or weights
   of both signs. An evopress group of one sign has no 0, and its zero point may be no code.
 * Scales (and zero points) are rounded to the precision they are stored in *before* weights are put on the grid.
+
+A pruner's result is the chain form: dequantised weights in the model's own class. What they would take in storage is
+noted, see ``sizes``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Gt
 
 from methods.stage import AssayError
 
@@ -114,6 +119,25 @@ class Grid:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gridded:
+    """Options of every method that puts weights on a grid; a ``Config`` inherits them."""
+
+    # Inputs that share a scale, None for all of a row; 128 is usual. A last, shorter group has a scale of its own.
+    group: Annotated[int, Gt(0)] | None = None
+    # Whether the range is as long below 0 as above it.
+    symmetric: bool = False
+    # "official": 0 always has a code. "evopress": the range is that of the weights.
+    grid: Kind = "official"
+    # What scales (and evopress zero points) are stored in; weights are put on the grid of the rounded scale.
+    scales: Precision = "float16"
+
+    @property
+    def numbers(self) -> Grid:
+        """The grid that the options ask for."""
+        return Grid(self.grid, self.symmetric, self.scales)
+
+
 @dataclass(frozen=True)
 class Quantised:
     """A matrix on a grid: codes [out,in] uint8; scale and zero [out,groups]; the group of every input [in]."""
@@ -191,6 +215,8 @@ def stored_bits(
 ) -> int:
     """Bits that a matrix [rows,columns] takes in storage: codes, scales, zero points, and group numbers of inputs.
 
+    For each weight b + 16 / g with groups of g, a symmetric grid and 16-bit scales, b + (16 + b) / g otherwise.
+
     Args:
         group: inputs that share a scale, None for all of a row; a last, shorter group has a scale, too.
         zero_bits: of a zero point; None: as many as a code has. A symmetric grid stores none.
@@ -200,23 +226,6 @@ def stored_bits(
     zero = 0 if symmetric else bits if zero_bits is None else zero_bits
     numbers = columns * INDEX_BITS if indices and groups > 1 else 0
     return rows * (columns * bits + groups * (scale_bits + zero)) + numbers
-
-
-def bits_per_weight(
-    bits: int,
-    group: int | None,
-    columns: int,
-    symmetric: bool,
-    *,
-    scale_bits: int = 16,
-    zero_bits: int | None = None,
-) -> float:
-    """Bits for each weight of a matrix with so many inputs, its scales and zero points counted.
-
-    b + 16 / g for a symmetric grid with 16-bit scales, b + (16 + b) / g otherwise.
-    """
-    total = stored_bits(1, columns, bits, group, symmetric, scale_bits=scale_bits, zero_bits=zero_bits)
-    return total / columns
 
 
 def sizes(

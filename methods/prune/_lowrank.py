@@ -1,4 +1,4 @@
-"""Low rank, the part that its methods share: one truncation, one refit, one walk, and how a budget is shared out.
+"""Low rank, the part that its methods share: one truncation, one refit and one walk.
 
     W' = trunc_r(W T) T^-1 = a b,        a [out,r],  b [r,in]
 
@@ -7,17 +7,21 @@ factor of the inputs' second moments). The singular values are split between bot
 A pair of factors has r (out + in) numbers and is smaller than the matrix only below r = out in / (out + in): half the
 rank of a square matrix, 73 % of that of a 4,096 x 11,008 one. From there on a matrix stays dense. Everything is
 computed in float64; what is kept of it is float32.
+
+A product of two factors has no zeros, so that a pruned parent is refused unless ``keep_zeros=False``. The factors are
+written as the physical form, their product as the chain form.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
-from methods.prune._walk import Block, decoder_layers, decoder_names, linear_weights, walk
+from annotated_types import Gt, Lt
+
+from methods.prune._walk import Block, decoder_layers, linear_weights, walk
 from methods.stage import AssayError, NotFinite
 
 if TYPE_CHECKING:
@@ -33,6 +37,20 @@ REVISION = 1
 # as in AIoT-MLSys-Lab/SVD-LLM. Where that is below the rounding of the largest eigenvalue, this share of it.
 LIFT = 1e-6
 RELATIVE_LIFT = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """Options of every method that makes two factors of each layer; a ``Config`` inherits them."""
+
+    # Share of every matrix's numbers that its two factors have together.
+    keep: Annotated[float, Gt(0), Lt(1)]
+    # Calibration sequences; 256 in SVD-LLM.
+    sequences: Annotated[int, Gt(0)] = 256
+    # Longest calibration sequence; 2,048 in SVD-LLM and ASVD.
+    context_tokens: Annotated[int, Gt(0)] = 2048
+    # Whether zeros of the parent must stay: two factors fill them, so that such a parent is then refused.
+    keep_zeros: bool = True
 
 
 # --- one matrix ------------------------------------------------------------------------------------------------
@@ -206,26 +224,35 @@ def collect(
                     next(bar, None)
                     found |= one.find(block, found)
                 if one.compressed:
-                    install(model, block, found)
+                    install(block, found)
                 if step > done and progress.due(before + step):
                     progress.save(before + step, found, {})
     next(bar, None)
     return found
 
 
-def install(model: PreTrainedModel, block: Block, found: Mapping[str, Tensor]) -> None:
+def install(block: Block, found: Mapping[str, Tensor]) -> None:
     """Give the layers of a block whose factors are known the factors' product as their weight."""
-    for name, local in full_names(model, block).items():
+    for local, linear in block.linears().items():
+        name = block.full(local)
         if f"{name}/a" in found:
-            weight = block.linears()[local].weight
-            a, b = (found[f"{name}/{part}"].to(weight.device) for part in "ab")
-            weight.copy_(a @ b)
+            a, b = (found[f"{name}/{part}"].to(linear.weight.device) for part in "ab")
+            linear.weight.copy_(a @ b)
 
 
-def full_names(model: PreTrainedModel, block: Block) -> dict[str, str]:
-    """The names of a block's linear layers in the model, with their names in the block."""
-    prefix = decoder_names(model)[block.index]
-    return {f"{prefix}.{local}": local for local in block.linears()}
+def factors(block: Block, keep: float, transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
+    """The truncated layers of a block, each at the rank that the share ``keep`` gives it, for ``collect``.
+
+    Args:
+        transforms: T of every layer, by its name in the block.
+    """
+    found: dict[str, Tensor] = {}
+    for local, linear in block.linears().items():
+        rank = rank_for(keep, *linear.weight.shape)
+        if rank is not None:
+            truncated = truncate(linear.weight, transforms[local], rank)
+            found |= entries(block.full(local), truncated.a, truncated.b)
+    return found
 
 
 def entries(name: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -259,50 +286,3 @@ def refuse_zeros(
             "it instead of before, or set keep_zeros=False."
         )
     calibration.stage.notes["zeros_filled"] = zeros
-
-
-def next_token_nll(model: Any, ids: Tensor) -> Tensor:
-    """Nats per predicted token of one sequence [1,T] of two tokens or more: the model's own loss, a scalar."""
-    from torch.nn.functional import cross_entropy
-
-    ids = ids.to(model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    return cross_entropy(logits, ids[0, 1:])
-
-
-# --- sharing out a budget --------------------------------------------------------------------------------------
-
-
-def fill(weights: Sequence[float], caps: Sequence[float], total: float) -> list[float]:
-    """Shares of ``total`` in proportion to ``weights``, none above its cap; what a cap cuts off goes to the others.
-
-    Weights that are all 0 count as equal to the caps. ``total`` must not exceed the sum of the caps.
-    """
-    weights = list(weights) if sum(weights) > 0 else list(caps)
-    shares = [0.0] * len(weights)
-    left, mass = total, sum(weights)
-    # Those that reach their caps first; of those that ask for nothing, the smallest.
-    full = [cap / weight if weight > 0 else math.inf for cap, weight in zip(caps, weights, strict=True)]
-    order = sorted(range(len(weights)), key=lambda at: (full[at], caps[at]))
-    for place, at in enumerate(order):
-        share = left * weights[at] / mass if mass > 0 else left / (len(order) - place)
-        shares[at] = min(share, caps[at])
-        left, mass = left - shares[at], mass - weights[at]
-    return shares
-
-
-def apportion(shares: Sequence[float], caps: Sequence[int], total: int) -> list[int]:
-    """Whole numbers near ``shares`` that add up to ``total``, none above its cap, by largest remainders.
-
-    Raises:
-        AssayError: the caps allow less than the total.
-    """
-    if total > sum(caps):
-        raise AssayError(f"{total} units are to be shared out where no more than {sum(caps)} have room.")
-    counts = [min(int(share), cap) for share, cap in zip(shares, caps, strict=True)]
-    order = sorted(range(len(shares)), key=lambda at: counts[at] - shares[at])
-    while sum(counts) < total:
-        for at in order:
-            if counts[at] < caps[at] and sum(counts) < total:
-                counts[at] += 1
-    return counts

@@ -1,8 +1,7 @@
-"""Masks that pruners share: the smallest entries of rows, n:m patterns, and how a budget is given and spread."""
+"""Masks that pruners share: the smallest entries of rows, n:m patterns, and how a budget is given."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from methods.stage import AssayError
@@ -53,27 +52,3 @@ def check_budget(name: str, sparsity: float | None, pattern: str | None) -> None
         raise AssayError(f'{name} needs either sparsity=0.5 or pattern="2:4", and not both.')
     if pattern is not None:
         read_pattern(pattern)
-
-
-def spread(total: int, sizes: Sequence[int], least: Sequence[int]) -> list[int]:
-    """``total`` shared out over parts of these sizes in proportion, in whole numbers whose sum is ``total``.
-
-    No part gets less than its ``least``; what the others then give up is again in proportion. What rounding down leaves
-    goes to the parts with the largest remainders, of equal ones to the first. ``sum(least) <= total <= sum(sizes)``.
-    """
-    assert sum(least) <= total <= sum(sizes), (total, sizes, least)
-    counts, parts = list(least), list(range(len(sizes)))
-    # Each round but the last takes at least one part out.
-    for _ in sizes:
-        rest, size = total - sum(least) + sum(least[at] for at in parts), sum(sizes[at] for at in parts)
-        inside = [at for at in parts if rest * sizes[at] >= least[at] * size]
-        if len(inside) == len(parts):
-            break
-        parts = inside
-    quotas = {at: divmod(rest * sizes[at], size) for at in parts}
-    for at, (whole, _) in quotas.items():
-        counts[at] = whole
-    upwards = sorted(parts, key=lambda at: -quotas[at][1])
-    for at in upwards[: total - sum(counts)]:
-        counts[at] += 1
-    return counts

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from methods.prune._masks import smallest, spread
+from methods.prune._masks import smallest
+from methods.prune._shares import spread
 from methods.stage import AssayError
 
 if TYPE_CHECKING:

@@ -57,6 +57,7 @@ class Block:
     """One decoder block with its inputs for every calibration sequence."""
 
     index: int
+    name: str  # in the model, such as model.layers.0
     module: nn.Module
     inputs: list[Tensor]  # one [1,T,d] per sequence
     settings: list[Mapping[str, Any]]  # the other arguments of the block, per sequence
@@ -66,6 +67,10 @@ class Block:
         from torch import nn
 
         return {name: part for name, part in self.module.named_modules() if isinstance(part, nn.Linear)}
+
+    def full(self, name: str) -> str:
+        """The name in the model of a module of the block."""
+        return f"{self.name}.{name}"
 
     def run(self) -> list[Tensor]:
         """The block's outputs with the weights it has now, one [1,T,d] per sequence."""
@@ -102,13 +107,22 @@ def walk(model: PreTrainedModel, sequences: list[Tensor]) -> Iterator[Block]:
     Whatever the caller changes in a block before asking for the next one is what the next one's inputs
     are computed with. Memory: the hidden states of all sequences at one depth.
     """
-    layers = decoder_layers(model)
+    layers, names = decoder_layers(model), decoder_names(model)
     inputs, settings = first_inputs(model, sequences)
-    for index, module in enumerate(layers):
-        block = Block(index, module, inputs, settings)
+    for index, (name, module) in enumerate(zip(names, layers, strict=True)):
+        block = Block(index, name, module, inputs, settings)
         yield block
         if index + 1 < len(layers):
             inputs = block.run()
+
+
+def walk_shown(
+    model: PreTrainedModel, sequences: list[Tensor], progress: Progress, what: str
+) -> Iterator[Block]:
+    """``walk`` with a bar that counts the blocks."""
+    bar = progress.bar(len(decoder_layers(model)), what)
+    for _, block in zip(bar, walk(model, sequences), strict=False):
+        yield block
 
 
 class _Caught(Exception):
@@ -160,9 +174,8 @@ def prune_blocks(
     import torch
 
     finished = resume(model, progress)
-    steps = progress.bar(len(decoder_layers(model)), "blocks pruned")
     with torch.no_grad():
-        for _, block in zip(steps, walk(model, sequences), strict=False):
+        for block in walk_shown(model, sequences, progress, "blocks pruned"):
             if block.index >= finished:
                 prune_block(block)
                 remember(model, progress, block.index + 1, weights)

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from methods.stage import AssayError, Claim, Files
+from methods.stage import AssayError, Assigned, Claim, Levels
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,9 +52,9 @@ class Config:
     """Which level every layer gets, and where its weights come from."""
 
     # a search stage: what says which layer gets which level
-    assignment: Files
+    assignment: Assigned
     # the levels stage that the assignment is about; left out for the kind "depth"
-    levels: Files | None = None
+    levels: Levels | None = None
     # a weight that is 0 in the parent stays 0, also where the levels were built to fill it
     keep_zeros: bool = True
 
@@ -76,14 +76,23 @@ def prune(
     if assignment.kind == "depth":
         _refuse_levels(config)
         remove_sub_blocks(model, assignment)
+        gone = {unit: float(level == "removed") for unit, level in assignment.levels.items()}
+        stage.notes["profile"] = _profile("removed", gone)
         return {}
     database = _database(config, calibration, model)
     assignment.check(database)
     stage.notes |= put_in(model, database, assignment, config.keep_zeros)
+    metric = "removed" if assignment.kind == "structure" else assignment.kind
+    stage.notes["profile"] = _profile(metric, stage.notes["shares"])
     if assignment.kind != "structure":
         return None
     zero_dead_rows(model)
     return {}
+
+
+def _profile(metric: str, values: Mapping[str, float]) -> list[dict[str, Any]]:
+    """What every unit got, as the report's profiles read it."""
+    return [{"unit": unit, "metric": metric, "value": value} for unit, value in values.items()]
 
 
 def _database(config: Config, calibration: Calibration, model: PreTrainedModel) -> Database:

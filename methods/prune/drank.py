@@ -17,9 +17,7 @@ Rounding down and capping at min(out, in) would leave up to 8 % of the budget un
 factors cost as much as the matrix, and stays dense there; what the caps cut off goes to the others, and what rounding
 leaves is handed out by largest remainders, until no layer could take another rank. The budget is never exceeded. Groups
 of neighbouring layers that share a basis (the paper's n) are not built: n = 1.
-
-A product of two factors has no zeros, so that a pruned parent is refused unless ``keep_zeros=False``. The factors are
-written as the physical form, their product as the chain form. Statistics are the dense model's.
+Statistics are the dense model's.
 """
 
 from __future__ import annotations
@@ -32,18 +30,18 @@ from annotated_types import Ge, Gt, Lt
 
 from methods.prune._hessian import block_grams
 from methods.prune._lowrank import (
+    LowRank,
     Pass,
     collect,
     entries,
     factors_of,
-    fill,
-    full_names,
     full_rank,
     pays,
     refuse_zeros,
     truncate,
     whitening,
 )
+from methods.prune._shares import fill
 from methods.stage import AssayError, Claim, Dataset
 
 if TYPE_CHECKING:
@@ -59,6 +57,7 @@ SEEDED = True
 USES = (
     "methods.prune._lowrank",
     "methods.prune._hessian",
+    "methods.prune._shares",
     "methods.prune._walk",
     "methods.architectures",
     "methods.data",
@@ -69,7 +68,7 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(LowRank):
     """Options of ``prune.drank``."""
 
     # Share of the numbers of all linear layers that is left, over all layers together.
@@ -78,12 +77,6 @@ class Config:
     data: Dataset
     # Share of the budget of queries and keys that goes to the values of their block; ours, the paper's is not public.
     beta: Annotated[float, Ge(0), Lt(1)] = 0.1
-    # Calibration sequences; 256 as in SVD-LLM.
-    sequences: Annotated[int, Gt(0)] = 256
-    # Longest calibration sequence; 2,048 as in SVD-LLM.
-    context_tokens: Annotated[int, Gt(0)] = 2048
-    # Whether zeros of the parent must stay: two factors fill them, so that such a parent is then refused.
-    keep_zeros: bool = True
 
 
 @dataclass(frozen=True)
@@ -121,10 +114,7 @@ def prune(
     refuse_zeros("prune.drank", model, calibration, config.keep_zeros)
     sequences = calibration.sequences(config.data, config.sequences, config.context_tokens)
 
-    def factorise(block: Block, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return decomposed(block, full_names(model, block))
-
-    found = collect(model, sequences, progress, [Pass(factorise)])
+    found = collect(model, sequences, progress, [Pass(lambda block, _: decomposed(block))])
     factors = factors_of(model, found)
     layers = [
         Layer(name, len(a), b.shape[1], effective_rank(found[f"{name}/spectrum"]))
@@ -139,12 +129,12 @@ def prune(
     }
 
 
-def decomposed(block: Block, names: Mapping[str, str]) -> dict[str, Tensor]:
+def decomposed(block: Block) -> dict[str, Tensor]:
     """Every layer of a block at the largest rank that pays, and its whole spectrum: any lower rank is a part of it."""
     grams = block_grams(block)
     found: dict[str, Tensor] = {}
-    for name, local in names.items():
-        weight = block.linears()[local].weight
+    for local, linear in block.linears().items():
+        weight, name = linear.weight, block.full(local)
         truncated = truncate(weight, whitening(grams[local].gram), full_rank(*weight.shape))
         found |= entries(name, truncated.a, truncated.b) | {f"{name}/spectrum": truncated.spectrum}
     return found

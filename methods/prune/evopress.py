@@ -47,7 +47,7 @@ class Config(Evolution):
     # longest sequence that the levels are calibrated on
     database_context_tokens: Annotated[int, Gt(0)] = _LEVELS.context_tokens
     # "none": levels are measured on the dense model's activations. "uniform": behind predecessors at level 0
-    propagate: Literal["none", "uniform"] = _LEVELS.propagate
+    error_propagation: Literal["none", "uniform"] = _LEVELS.error_propagation
     # columns whose weights SparseGPT compares with each other
     block: Annotated[int, Gt(0)] = _LEVELS.block
     # added to the Hessian's diagonal, as a share of its mean

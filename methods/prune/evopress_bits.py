@@ -21,7 +21,7 @@ from methods.levels import gptq
 from methods.prune._grids import Kind, Precision
 from methods.prune._steps import DATABASE, handed_on
 from methods.search import Evolution, evopress_bits
-from methods.stage import Claim, From, Step
+from methods.stage import AssayError, Claim, From, Step
 
 # The seed draws calibration sequences, children and batches.
 SEEDED = True
@@ -56,19 +56,23 @@ class Config(Evolution):
     # longest sequence that the levels are calibrated on
     database_context_tokens: Annotated[int, Gt(0)] = _LEVELS.context_tokens
     # what scales and zero points are stored in
-    saved: Precision = _LEVELS.saved
+    scales: Precision = _LEVELS.scales
     # whether weights that are 0 in the parent stay 0
     keep_zeros: bool = _LEVELS.keep_zeros
     # layers that exchange bits: with as many weights, of the same name, or any
     group_rule: Literal["size", "name", "none"] = _SEARCH.group_rule
-    # candidates that each stage of selection keeps
-    survivors: tuple[Annotated[int, Gt(0)], ...] = _SEARCH.survivors
-    # tokens on which each stage scores
-    tokens: tuple[Annotated[int, Gt(1)], ...] = _SEARCH.tokens
     # random assignments that a fraction of bits starts from the best of
     initial_candidates: Annotated[int, Gt(0)] = _SEARCH.initial_candidates
     # tokens on which these are scored
     initial_tokens: Annotated[int, Gt(1)] = _SEARCH.initial_tokens
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.widths and not min(self.widths) <= self.bits <= max(self.widths):
+            raise AssayError(
+                f"prune.evopress_bits: no choice among widths={list(self.widths)} has {self.bits:g} bits for each "
+                f"weight on average: take {min(self.widths)} to {max(self.widths)}, or other widths."
+            )
 
 
 def expand(config: Config) -> tuple[Step, ...]:

@@ -13,30 +13,23 @@ No official code is public. The weighted error is never above plain truncation's
 the paper says. The paper takes fine-tuned models of BERT's size and trains them again afterwards (``train.sft``): that
 alone this does not do.
 
-A product of two factors has no zeros, so that a pruned parent is refused unless ``keep_zeros=False``. The factors are
-written as the physical form, their product as the chain form. Needs the gradients of all linear layers at once: as much
-memory again as the decoder.
+Needs the gradients of all linear layers at once: as much memory again as the decoder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
-
-from annotated_types import Gt, Lt
+from typing import TYPE_CHECKING
 
 from methods.prune._lowrank import (
+    LowRank,
     Pass,
     Transform,
     collect,
-    entries,
+    factors,
     factors_of,
-    full_names,
-    next_token_nll,
-    rank_for,
     refuse_zeros,
-    truncate,
 )
 from methods.prune._walk import linear_weights
 from methods.stage import AssayError, Claim, Dataset, NotFinite
@@ -56,6 +49,7 @@ USES = (
     "methods.prune._walk",
     "methods.architectures",
     "methods.data",
+    "methods.terms",
     "methods.checkpoint",
 )
 RESULT = "model"
@@ -66,19 +60,11 @@ FLOOR = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(LowRank):
     """Options of ``prune.fwsvd``."""
 
-    # Share of every matrix's numbers that its two factors have together.
-    keep: Annotated[float, Gt(0), Lt(1)]
     # Data set whose loss says what matters; the paper takes the task that the model was fine-tuned on.
     data: Dataset
-    # Sequences that gradients are taken on; the paper takes the whole task.
-    sequences: Annotated[int, Gt(0)] = 256
-    # Longest sequence; ours, as in prune.svd.
-    context_tokens: Annotated[int, Gt(0)] = 2048
-    # Whether zeros of the parent must stay: two factors fill them, so that such a parent is then refused.
-    keep_zeros: bool = True
 
 
 def prune(
@@ -90,7 +76,7 @@ def prune(
     fisher = input_fisher(model, sequences, progress)
 
     def factorise(block: Block, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return factors(config.keep, block, full_names(model, block), fisher)
+        return factors(block, config.keep, scalings(block, fisher))
 
     # The blocks are visited in order, but nothing has to go through them any more.
     known = {f"{name}/fisher": sums for name, sums in fisher.items()}
@@ -118,11 +104,13 @@ def squared_gradients(model: PreTrainedModel, names: list[str], ids: Tensor) -> 
     """The squared gradients of one sequence's loss, summed over the outputs, [in] each; none of a single token."""
     import torch
 
+    from methods.prune import sequence_nll
+
     if ids.shape[1] < 2:
         return {}
     weights = [model.get_parameter(f"{name}.weight").requires_grad_() for name in names]
     with torch.enable_grad():
-        gradients = torch.autograd.grad(next_token_nll(model, ids), weights)
+        gradients = torch.autograd.grad(sequence_nll(model, ids) / (ids.shape[1] - 1), weights)
     return {
         name: row_fisher(gradient.double().square()) for name, gradient in zip(names, gradients, strict=True)
     }
@@ -143,15 +131,9 @@ def scaling(fisher: Tensor) -> Transform:
     return Transform(fisher.double().clamp(min=FLOOR * largest).sqrt()) if largest > 0 else Transform()
 
 
-def factors(
-    keep: float, block: Block, names: Mapping[str, str], fisher: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The truncated layers of a block, by their full names."""
-    found: dict[str, Tensor] = {}
-    for name, local in names.items():
-        weight = block.linears()[local].weight
-        rank = rank_for(keep, *weight.shape)
-        if rank is not None:
-            truncated = truncate(weight, scaling(fisher[name].to(weight.device)), rank)
-            found |= entries(name, truncated.a, truncated.b)
-    return found
+def scalings(block: Block, fisher: Mapping[str, Tensor]) -> dict[str, Transform]:
+    """T for every linear layer of a block, from F_j [in] by the layer's name in the model."""
+    return {
+        local: scaling(fisher[block.full(local)].to(linear.weight.device))
+        for local, linear in block.linears().items()
+    }

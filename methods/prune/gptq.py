@@ -22,10 +22,6 @@ Here group None means one scale for each row. A last, shorter group has a scale 
 Blocks are quantised in order and run again afterwards, so that each sees the inputs its quantised predecessors give;
 within a block all layers see those of the unquantised block. Weights that are 0 in the parent stay 0: what earlier
 columns would have made of them is passed on as their error.
-
-The result is the chain form: dequantised weights in the model's own class, ``physical`` false. Its size is noted as
-``bits_per_weight``, ``bits_per_weight_model`` and ``bits_per_weight_layers``, from codes, scales, zero points and group
-numbers.
 """
 
 from __future__ import annotations
@@ -35,11 +31,12 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Gt, Le
 
+from methods.prune import Calibrated
 from methods.prune._gptq import Settings, invert, solve
-from methods.prune._grids import Grid, Kind, Precision, sizes
+from methods.prune._grids import Gridded, sizes
 from methods.prune._hessian import block_grams, sharing
 from methods.prune._walk import Block, prune_blocks
-from methods.stage import AssayError, Claim, Dataset
+from methods.stage import AssayError, Claim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,21 +60,11 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Calibrated, Gridded):
     """The grid, and how the error that it costs is mended."""
 
-    # Named data set the layers' inputs are measured on; the paper takes C4.
-    data: Dataset
     # Bits of a code; the paper reports 3 and 4.
     bits: Annotated[int, Ge(2), Le(8)] = 4
-    # Inputs that share a scale, None for all of a row (the paper's main setting); 128 is usual.
-    group: Annotated[int, Gt(0)] | None = None
-    # Whether the range is as long below 0 as above it.
-    symmetric: bool = False
-    # "official": 0 always has a code. "evopress": the range is that of the weights.
-    grid: Kind = "official"
-    # What scales (and evopress zero points) are stored in; weights are put on the grid of the rounded scale.
-    scales: Precision = "float16"
     # Whether columns with large inputs come first.
     act_order: bool = False
     # Whether groups are of consecutive inputs and fitted before anything moves, whatever the order.
@@ -86,10 +73,6 @@ class Config:
     block: Annotated[int, Gt(0)] = 128
     # Added to the diagonal of H, times its mean; 0.01 in the official code.
     relative_damping: Annotated[float, Gt(0)] = 0.01
-    # Calibration sequences; 128 in the paper.
-    sequences: Annotated[int, Gt(0)] = 128
-    # Longest calibration sequence; the paper uses the model's full context, 2,048.
-    context_tokens: Annotated[int, Gt(0)] = 2048
     # Whether weights that are 0 in the parent stay 0.
     keep_zeros: bool = True
 
@@ -103,15 +86,16 @@ class Config:
     @property
     def settings(self) -> Settings:
         """What the solver is told."""
-        grid = Grid(self.grid, self.symmetric, self.scales)
-        return Settings(grid, self.group, self.block, self.act_order, self.static_groups, self.keep_zeros)
+        return Settings(
+            self.numbers, self.group, self.block, self.act_order, self.static_groups, self.keep_zeros
+        )
 
 
 def prune(config: Config, model: PreTrainedModel, calibration: Calibration, progress: Progress) -> None:
     """Put the weights of every decoder layer on their grid, block after block, in place."""
     sequences = calibration.sequences(config.data, config.sequences, config.context_tokens)
     shuffled = config.act_order and not config.static_groups
-    calibration.stage.notes |= sizes(model, config.settings.grid, config.bits, config.group, shuffled)
+    calibration.stage.notes |= sizes(model, config.numbers, config.bits, config.group, shuffled)
     prune_blocks(model, sequences, progress, lambda block: prune_block(config, block), weights=True)
 
 

@@ -46,6 +46,7 @@ USES = (
     "methods.prune._walk",
     "methods.architectures",
     "methods.data",
+    "methods.terms",
     "methods.checkpoint",
 )
 RESULT = "model"
@@ -118,6 +119,7 @@ def block_range(config: Config, blocks: int) -> range:
 
 def add_gradients(model: PreTrainedModel, sequences: Sequence[Tensor], progress: Progress) -> None:
     """Leave the gradient of the summed loss of all sequences in ``grad`` of the decoder's matrices."""
+    from methods.prune import sequence_nll
     from methods.prune._walk import linear_weights
 
     wanted = set(linear_weights(model))
@@ -129,21 +131,12 @@ def add_gradients(model: PreTrainedModel, sequences: Sequence[Tensor], progress:
             "prune.llm_pruner: no calibration sequence has a second token, which could be predicted."
         )
     for number in progress.bar(len(sequences), "sequences"):
-        loss = sequence_loss(model, sequences[number].to(model.device))
+        loss = sequence_nll(model, sequences[number])
         if not bool(loss.isfinite()):
             raise NotFinite(f"prune.llm_pruner: the loss of calibration sequence {number} is not finite.")
         loss.backward()
         # A few short sequences are no work that would be worth saving.
         progress.stop_if_asked(0)
-
-
-def sequence_loss(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Cross-entropy of the next tokens of one sequence [1,T], summed; 0 for a single token."""
-    from torch.nn.functional import cross_entropy
-
-    logits = model(input_ids=tokens, use_cache=False).logits
-    found: Tensor = cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="sum")
-    return found
 
 
 def unit_scores(config: Config, layer: nn.Module, part: Part) -> Tensor:

@@ -41,18 +41,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Gt, Lt
 
+from methods.prune import Calibrated
 from methods.prune._hessian import block_grams
 from methods.prune._lowrank import (
     Pass,
-    apportion,
     collect,
-    fill,
     refuse_zeros,
     solve_symmetric,
     truncate,
     whitening,
 )
-from methods.stage import AssayError, Claim, Dataset
+from methods.prune._shares import apportion, fill
+from methods.stage import AssayError, Claim
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,7 @@ SEEDED = True
 USES = (
     "methods.prune._lowrank",
     "methods.prune._hessian",
+    "methods.prune._shares",
     "methods.prune._walk",
     "methods.architectures",
     "methods.data",
@@ -81,11 +82,9 @@ FILLED = {"mlp": ("mlp.down_proj.weight",), "vo": ("v_proj.weight", "o_proj.weig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Calibrated):
     """Options of ``prune.modegpt``."""
 
-    # Data set that activations are measured on; the paper takes WikiText-2 or Alpaca.
-    data: Dataset
     # Share of the neurons that goes, over all blocks together; with "vo" and "qk" also of the heads' dimensions.
     sparsity: Annotated[float, Gt(0), Lt(1)]
     # Which pairs are made narrower; only the MLP's leave a smaller physical form.
@@ -102,10 +101,6 @@ class Config:
     epsilon: Annotated[float, Gt(0)] = 0.1
     # Largest share that goes from one block; the third party's.
     max_sparsity: Annotated[float, Gt(0), Lt(1)] = 0.8
-    # Calibration sequences; the paper's 128.
-    sequences: Annotated[int, Gt(0)] = 128
-    # Longest calibration sequence; the paper's 2,048.
-    context_tokens: Annotated[int, Gt(0)] = 2048
     # Whether zeros of the parent must stay: fitting again fills them, so that such a parent is then refused.
     keep_zeros: bool = True
 
@@ -126,8 +121,6 @@ def structural(config: Config) -> bool:
 
 def prune(config: Config, model: PreTrainedModel, calibration: Calibration, progress: Progress) -> None:
     """Make the pairs of every block narrower, in place."""
-    import torch
-
     from methods.architectures import require_llama
 
     require_llama(model, "prune.modegpt")
@@ -150,6 +143,13 @@ def prune(config: Config, model: PreTrainedModel, calibration: Calibration, prog
         "block_influence": influence,
         "removed_units": plan(config, layers, influence),
     }
+    put_in(layers, found)
+
+
+def put_in(layers: Any, found: Mapping[str, Tensor]) -> None:
+    """Give the blocks their changed parameters, named ``block/parameter``, in place."""
+    import torch
+
     with torch.no_grad():
         for key, tensor in found.items():
             index, _, name = key.partition("/")

@@ -7,9 +7,7 @@ followed. ``methods/prune/_grids.py`` has the grids.
 
 Weights that are 0 in the parent stay 0 on both grids: 0 has a code in every group that holds a 0.
 
-The result is the chain form: dequantised weights in the model's own class, ``physical`` false. Its size is noted from
-codes, scales and zero points: ``bits_per_weight``, ``bits_per_weight_model``, ``bits_per_weight_layers``. The method
-draws no random numbers.
+The method draws no random numbers.
 """
 
 from __future__ import annotations
@@ -17,9 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Le
 
-from methods.prune._grids import Grid, Kind, Precision, nearest, sizes
+from methods.prune._grids import Gridded, nearest, sizes
 from methods.prune._walk import linear_weights
 from methods.stage import Claim
 
@@ -37,24 +35,16 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """The grid."""
+class Config(Gridded):
+    """The grid, and how many numbers it has."""
 
     # Bits of a code.
     bits: Annotated[int, Ge(2), Le(8)] = 4
-    # Inputs that share a scale, None for all of a row; 128 is usual. A last, shorter group has a scale of its own.
-    group: Annotated[int, Gt(0)] | None = None
-    # Whether the range is as long below 0 as above it.
-    symmetric: bool = False
-    # "official": 0 always has a code. "evopress": the range is that of the weights.
-    grid: Kind = "official"
-    # What scales (and evopress zero points) are stored in; weights are put on the grid of the rounded scale.
-    scales: Precision = "float16"
 
 
 def prune(config: Config, model: PreTrainedModel, calibration: Calibration, progress: Progress) -> None:
     """Put the weights of every decoder layer on their grid, in place."""
-    calibration.stage.notes |= sizes(model, grid_of(config), config.bits, config.group)
+    calibration.stage.notes |= sizes(model, config.numbers, config.bits, config.group)
     names = list(linear_weights(model))
     for _, name in zip(progress.bar(len(names), "layers quantised"), names, strict=True):
         weight = model.get_parameter(name).data
@@ -63,9 +53,4 @@ def prune(config: Config, model: PreTrainedModel, calibration: Calibration, prog
 
 def rounded(config: Config, weight: Tensor) -> Tensor:
     """A matrix [out,in] with every weight at the nearest number of its grid."""
-    return nearest(weight, grid_of(config), config.bits, config.group).weight()
-
-
-def grid_of(config: Config) -> Grid:
-    """The grid that the options ask for."""
-    return Grid(config.grid, config.symmetric, config.scales)
+    return nearest(weight, config.numbers, config.bits, config.group).weight()

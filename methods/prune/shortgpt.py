@@ -15,14 +15,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Gt, Lt
 
+from methods.prune._steps import handed_on
+from methods.search import block_scores
 from methods.stage import Claim, Dataset, From, Step
 
 # The seed draws the calibration sequences.
 SEEDED = True
 RESULT = "model"
 CLAIMS: tuple[Claim, ...] = ()
+
+_SEARCH = block_scores.Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,26 +36,18 @@ class Config:
     # rows the influence is measured on; PG19 in the paper
     data: Dataset
     # share of the blocks that is removed: a whole number of them; about a quarter in the paper
-    sparsity: Annotated[float, Ge(0), Le(1)]
+    sparsity: Annotated[float, Gt(0), Lt(1)]
     # the output of the last block is taken "official": behind the final norm, or "before" it, as the paper says
-    final_norm: Literal["official", "before"] = "official"
+    final_norm: Literal["official", "before"] = _SEARCH.final_norm
     # whole sequences are drawn until they have as many tokens
-    calibration_tokens: Annotated[int, Gt(0)] = 8192
+    calibration_tokens: Annotated[int, Gt(0)] = _SEARCH.calibration_tokens
     # longer sequences are cut
-    context_tokens: Annotated[int, Gt(1)] = 512
+    context_tokens: Annotated[int, Gt(1)] = _SEARCH.context_tokens
 
 
 def expand(config: Config) -> tuple[Step, ...]:
     """Score the blocks, and build the model without the least influential ones."""
-    scored = {
-        "data": config.data,
-        "sparsity": config.sparsity,
-        "score": "influence",
-        "final_norm": config.final_norm,
-        "calibration_tokens": config.calibration_tokens,
-        "context_tokens": config.context_tokens,
-    }
     return (
-        Step("search", "search.block_scores", scored),
+        Step("search", "search.block_scores", handed_on(config, _SEARCH, {}, score="influence")),
         Step("model", "prune.assigned", {"assignment": From("search")}),
     )

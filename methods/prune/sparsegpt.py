@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from methods.prune import Calibrated
 from methods.prune._hessian import block_grams, checked_hessian, sharing
 from methods.prune._masks import check_budget, fitting_pattern, read_pattern
 from methods.prune._obs import (
@@ -42,7 +43,7 @@ from methods.prune._obs import (
     solve,
 )
 from methods.prune._walk import Block, prune_blocks
-from methods.stage import AssayError, Claim, Dataset
+from methods.stage import AssayError, Claim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +58,7 @@ USES = (
     "methods.prune._hessian",
     "methods.prune._masks",
     "methods.prune._obs",
+    "methods.prune._shares",
     "methods.prune._walk",
     "methods.data",
     "methods.checkpoint",
@@ -66,11 +68,9 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Calibrated):
     """Options of ``prune.sparsegpt``: either ``sparsity`` or ``pattern``."""
 
-    # Named data set the activations are measured on; the paper takes C4.
-    data: Dataset
     # Share of the weights of every matrix that is zero afterwards.
     sparsity: Annotated[float, Ge(0), Lt(1)] | None = None
     # "n:m" removes n of every m consecutive inputs ("2:4"); m must divide the inputs and ``block``.
@@ -83,10 +83,6 @@ class Config:
     block: Annotated[int, Gt(0)] = 128
     # Added to the Hessian's diagonal, as a share of its mean; 0.01 in the official code.
     relative_damping: Annotated[float, Ge(0)] = 0.01
-    # Calibration sequences; 128 in the paper.
-    sequences: Annotated[int, Gt(0)] = 128
-    # Longest calibration sequence; the paper uses the model's full context, 2,048.
-    context_tokens: Annotated[int, Gt(0)] = 2048
     # Weights that are zero in the parent stay zero; otherwise they may be filled again.
     keep_zeros: bool = True
 

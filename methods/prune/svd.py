@@ -20,9 +20,8 @@ code *removes* it; here ``keep`` is what is kept. Its Llama sizes keys and value
 here each matrix has its own rank. hahnyuan/ASVD4LLM takes a randomised decomposition with exactly r columns, up to 12 %
 worse than the exact one and different with every seed; here it is exact.
 
-A product of two factors has no zeros, so that a pruned parent is refused unless ``keep_zeros=False``. The factors are
-written as the physical form, their product as the chain form. Memory beside the model: the hidden states of all
-sequences at one depth, the second moments of one block's inputs, and the factors.
+Memory beside the model: the hidden states of all sequences at one depth, the second moments of one block's inputs, and
+the factors.
 """
 
 from __future__ import annotations
@@ -31,20 +30,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge
 
 from methods.prune._hessian import Gram, block_grams
 from methods.prune._lowrank import (
+    LowRank,
     Pass,
     Transform,
     collect,
     entries,
+    factors,
     factors_of,
-    full_names,
-    rank_for,
     refit,
     refuse_zeros,
-    truncate,
     whitening,
 )
 from methods.stage import AssayError, Claim, Dataset
@@ -75,11 +73,9 @@ FLOOR = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(LowRank):
     """Options of ``prune.svd``."""
 
-    # Share of every matrix's numbers that its two factors have together.
-    keep: Annotated[float, Gt(0), Lt(1)]
     # Data set that the inputs are measured on; the papers take WikiText-2. Only whitening="none" does without.
     data: Dataset | None = None
     # What the inputs are weighted by: their second moments (SVD-LLM), their sizes (ASVD), or nothing.
@@ -88,12 +84,6 @@ class Config:
     alpha: Annotated[float, Ge(0)] = 0.5
     # Whether the left factors are fitted again, block after block, on the inputs that compressed blocks give.
     update: bool = False
-    # Calibration sequences; 256 in SVD-LLM, 32 in ASVD.
-    sequences: Annotated[int, Gt(0)] = 256
-    # Longest calibration sequence; 2,048 in both papers.
-    context_tokens: Annotated[int, Gt(0)] = 2048
-    # Whether zeros of the parent must stay: two factors fill them, so that such a parent is then refused.
-    keep_zeros: bool = True
 
     def __post_init__(self) -> None:
         if self.data is None and (self.whitening != "none" or self.update):
@@ -113,37 +103,21 @@ def prune(
     )
 
     def factorise(block: Block, _: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return factors(config, block, full_names(model, block))
+        return factors(block, config.keep, input_transforms(config, block))
 
-    def update(block: Block, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return updated(block, full_names(model, block), found)
-
-    passes = [Pass(factorise)] + ([Pass(update, compressed=True)] if config.update else [])
+    passes = [Pass(factorise)] + ([Pass(updated, compressed=True)] if config.update else [])
     return factors_of(model, collect(model, sequences, progress, passes))
 
 
-def factors(config: Config, block: Block, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The truncated layers of a block, by their full names."""
-    transforms = input_transforms(config, block)
-    found: dict[str, Tensor] = {}
-    for name, local in names.items():
-        weight = block.linears()[local].weight
-        rank = rank_for(config.keep, *weight.shape)
-        if rank is not None:
-            truncated = truncate(weight, transforms[local], rank)
-            found |= entries(name, truncated.a, truncated.b)
-    return found
-
-
-def updated(block: Block, names: Mapping[str, str], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def updated(block: Block, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The layers of a block with their left factors fitted to the inputs that they have now."""
-    wanted = {name: local for name, local in names.items() if f"{name}/a" in found}
-    grams = block_grams(block, list(wanted.values()))
+    linears = block.linears()
+    grams = block_grams(block, [local for local in linears if f"{block.full(local)}/a" in found])
     changed: dict[str, Tensor] = {}
-    for name, local in wanted.items():
-        weight = block.linears()[local].weight
+    for local, gram in grams.items():
+        weight, name = linears[local].weight, block.full(local)
         b = found[f"{name}/b"].to(weight.device)
-        changed |= entries(name, refit(weight, b, grams[local].gram), b)
+        changed |= entries(name, refit(weight, b, gram.gram), b)
     return changed
 
 

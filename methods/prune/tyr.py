@@ -24,8 +24,9 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from methods.levels import tyr as levels_tyr
+from methods.prune._refit import Score
 from methods.prune._steps import handed_on
-from methods.prune._structured import Heads, Rounding, Score
+from methods.prune._structured import Heads, Rounding
 from methods.search import Evolution
 from methods.search import tyr as search_tyr
 from methods.stage import Claim, From, Step
@@ -43,7 +44,7 @@ class Config(Evolution):
     """Options of ``levels.tyr`` and of ``search.tyr``, with their defaults, and the number of rounds."""
 
     # share of the heads, and of the neurons, that is removed
-    sparsity: Annotated[float, Ge(0), Lt(1)]
+    sparsity: Annotated[float, Gt(0), Lt(1)]
     # rounds of levels and search; 4 in the example script
     rounds: Annotated[int, Gt(0)] = 4
     # share of the units between two levels in the first round; half of it in the second, and so on
@@ -75,7 +76,7 @@ class Config(Evolution):
     # whether weights that are 0 in the parent stay 0
     keep_zeros: bool = _LEVELS.keep_zeros
     # generations of each round's search
-    generations: Annotated[int, Gt(0)] = _SEARCH.generations
+    generations: Annotated[int, Ge(0)] = _SEARCH.generations
     # candidates that each stage of selection keeps; the first of the last stage is taken
     survivors: tuple[Annotated[int, Gt(0)], ...] = _SEARCH.survivors
     # what is made small

@@ -23,12 +23,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Lt
 
+from methods.prune import Calibrated
 from methods.prune._hessian import input_energies
 from methods.prune._masks import check_budget, pattern_mask, smallest
 from methods.prune._walk import Block, prune_blocks
-from methods.stage import AssayError, Claim, Dataset
+from methods.stage import AssayError, Claim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,21 +52,15 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Calibrated):
     """Options of ``prune.wanda``: either ``sparsity`` or ``pattern``."""
 
-    # Named data set the activations are measured on; the paper takes C4.
-    data: Dataset
     # Share of weights that is zero afterwards, in every row of every matrix.
     sparsity: Annotated[float, Ge(0), Lt(1)] | None = None
     # "n:m" removes the n lowest scores of every m consecutive inputs ("2:4"); m must divide the inputs.
     pattern: str | None = None
     # "row": the same number in every row. "alpha": the same share of every row's summed score (see above).
     variant: Literal["row", "alpha"] = "row"
-    # Calibration sequences; 128 in the paper.
-    sequences: Annotated[int, Gt(0)] = 128
-    # Longest calibration sequence; the paper uses the model's full context, 2,048 for LLaMA.
-    context_tokens: Annotated[int, Gt(0)] = 2048
 
     def __post_init__(self) -> None:
         check_budget("prune.wanda", self.sparsity, self.pattern)

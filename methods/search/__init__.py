@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     from methods.search._spaces import Space
 
 REVISION = 1
+# Of every evolutionary search at smoke scale, whose models have two blocks.
+SMOKE = {
+    "generations": 1, "children": 2, "survivors": (1,), "tokens": (64,), "calibration_tokens": 256,
+    "holdout_tokens": 64, "top_k": 16, "initial_candidates": 2, "initial_tokens": 64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +54,9 @@ class Evolution:
     """
 
     # data set that candidates are compared on (FineWeb-Edu)
-    data: Dataset
-    # rounds of mutation and selection (400 for sparsity, 150 for bits)
-    generations: Annotated[int, Gt(0)] = 50
+    data: Dataset = "authors/full+authors/facts"
+    # rounds of mutation and selection (400 for sparsity, 150 for bits); 0: what a search starts from
+    generations: Annotated[int, Ge(0)] = 50
     # distinct children of a generation (64 for sparsity, 128 for bits)
     children: Annotated[int, Gt(0)] = 32
     # candidates that each stage of selection keeps (8, 2, 1)

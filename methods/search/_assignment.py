@@ -50,11 +50,14 @@ class Assignment:
     def of(
         cls, database: Database, levels: Mapping[str, str], producer: str, about: Mapping[str, Any]
     ) -> Assignment:
-        """Levels of a database, with what they cost; of heads and neurons also how many go from each layer.
+        """Levels of a database, with what they cost.
 
-        ``about["removed"]`` is what the levels of a next round may be centred on.
+        Of bit-widths ``about`` says their mean, see ``bits_of``; of heads and neurons how many go from each layer,
+        ``removed``, which the levels of a next round may be centred on.
         """
         found = {"levels": database.about.get("method", ""), **about}
+        if database.kind == "bits":
+            found |= bits_of(database, levels)
         if database.kind == "structure":
             found["removed"] = {unit.name: unit.level(levels[unit.name]).cost for unit in database.units}
         return cls(database.kind, levels, producer, database.spent(levels), found)
@@ -109,6 +112,16 @@ class Assignment:
         return sum(self.levels[name] == "removed" for name in names)
 
 
+def bits_of(database: Database, levels: Mapping[str, str]) -> dict[str, float]:
+    """Bits for each weight of all layers at these levels: of the codes alone, and with scales and zero points."""
+    chosen = [(unit.rows * unit.columns, unit.level(levels[unit.name])) for unit in database.units]
+    weights = sum(size for size, _ in chosen)
+    return {
+        "bits": sum(level.cost for _, level in chosen) / weights,
+        "bits_with_scales": sum(size * level.share for size, level in chosen) / weights,
+    }
+
+
 def _costs(spent: Mapping[str, int]) -> str:
     return " and ".join(f"{cost:,} {budget}" for budget, cost in spent.items()) or "nothing"
 
@@ -129,8 +142,12 @@ def from_json(content: Any) -> Assignment:
     """An assignment as JSON has it; KeyError, TypeError, ValueError or AttributeError for anything else."""
     levels = {str(name): str(level) for name, level in content["levels"].items()}
     spent = {str(budget): int(cost) for budget, cost in content["spent"].items()}
-    if content["kind"] not in KINDS or not levels:
-        raise ValueError(f"kind {content['kind']!r} with {len(levels)} layers")
+    if content["kind"] not in KINDS:
+        raise ValueError(
+            f"there is no kind {content['kind']!r}{nearest(str(content['kind']), KINDS)}".rstrip(".")
+        )
+    if not levels:
+        raise ValueError("it names no layer")
     return Assignment(content["kind"], levels, str(content["producer"]), spent, dict(content["about"]))
 
 

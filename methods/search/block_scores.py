@@ -32,9 +32,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Gt, Lt
 
-from methods.stage import AssayError, Claim, Dataset
+from methods.stage import AssayError, Claim, Dataset, Exactly
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +57,8 @@ USES = (
 )
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
+# of two blocks one
+SMOKE = {"sparsity": Exactly(0.5), "calibration_tokens": 256}
 
 # Scores that need the model's own answers, and no hidden states.
 MISSED = ("perplexity", "kl")
@@ -70,7 +72,7 @@ class Config:
     # rows the scores are measured on; PG19 in ShortGPT, FineWeb-Edu in EvoPress
     data: Dataset
     # share of the blocks, or of the attentions and of the MLPs, that is removed: a whole number of them
-    sparsity: Annotated[float, Ge(0), Le(1)]
+    sparsity: Annotated[float, Gt(0), Lt(1)]
     # see above; "influence" is ShortGPT's
     score: Literal[
         "influence",

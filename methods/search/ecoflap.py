@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt, Lt
 
-from methods.stage import AssayError, Claim, Dataset, Files, How, NotFinite
+from methods.stage import AssayError, Claim, Dataset, How, NotFinite, SparsityLevels
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 # The seed draws the sequences and the noise.
 SEEDED = True
 USES = (
-    "methods.levels",
+    "methods.levels._database",
     "methods.search._assignment",
     "methods.prune",
     "methods.prune._walk",
-    "methods.prune._lowrank",
+    "methods.prune._shares",
     "methods.loop",
     "methods.data",
     "methods.checkpoint",
@@ -64,7 +64,7 @@ class Config:
     """The levels to choose from, and how layers are probed."""
 
     # A level database of sparsities; its level "0" gives the number of zeros.
-    levels: Files
+    levels: SparsityLevels
     # Data set that the loss is taken on.
     data: Dataset
     # What a layer is scored by, see above; the paper's scripts take GradOnly.
@@ -102,7 +102,7 @@ def search(config: Config, problem: Problem) -> Assignment:
     levels = nearest_levels(database, wanted, spent)
     sparsities = {name: wanted[name] / size for name, size in sizes.items()}
     about = {"gradients": gradients, "scores": scores, "sparsities": sparsities}
-    return Assignment("sparsity", levels, "search.ecoflap", database.spent(levels), about)
+    return Assignment.of(database, levels, "search.ecoflap", about)
 
 
 def scores_of(config: Config, problem: Problem, gradients: Mapping[str, float]) -> dict[str, float]:
@@ -231,7 +231,7 @@ def coarse(scores: Sequence[float], sizes: Sequence[int], keep: int, most: float
     Raises:
         AssayError: what the layers keep at least is more than ``keep`` already.
     """
-    from methods.prune._lowrank import apportion, fill
+    from methods.prune._shares import apportion, fill
 
     least = [math.ceil(size * max(1 - most, 0.0)) for size in sizes]
     left = keep - sum(least)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
-from methods.search import Evolution
+from methods.search import SMOKE, Evolution
 from methods.stage import Claim, Files
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ USES = (
 )
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
+__all__ = ["SMOKE", "Config", "search"]
 
 
 @dataclass(frozen=True, kw_only=True)

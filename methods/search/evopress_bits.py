@@ -24,16 +24,15 @@ queries); and what ``search.evopress`` lists.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt
 
-from methods.search import Evolution
-from methods.stage import Claim, Files
+from methods.search import SMOKE, Evolution, refuse_few_tokens
+from methods.stage import BitLevels, Claim
 
 if TYPE_CHECKING:
-    from methods.levels._database import Database
     from methods.search import Problem
     from methods.search._assignment import Assignment
 
@@ -50,46 +49,44 @@ USES = (
 )
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
+__all__ = ["SMOKE", "Config", "search"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Evolution):
-    """Options of ``search.evopress_bits``. In the comments: the shipped script, for 8 billion parameters."""
+    """Options of ``search.evopress_bits``.
+
+    The shipped script for 8 billion parameters keeps 16, 4 and 1 of 128 children on 2,048, 16,384 and 131,072 tokens.
+    """
 
     # the bit-widths to choose from, of this chain's model
-    levels: Files
+    levels: BitLevels
     # bits for each weight on average, scales not counted
     bits: Annotated[float, Gt(0)]
     # layers that exchange bits: with as many weights (as published), of the same name, or any
     group_rule: Literal["size", "name", "none"] = "size"
-    # candidates that each stage of selection keeps (16, 4, 1, of 128 children)
-    survivors: tuple[Annotated[int, Gt(0)], ...] = (8, 2, 1)
-    # tokens on which each stage scores (2,048, 16,384, 131,072)
-    tokens: tuple[Annotated[int, Gt(1)], ...] = (1024, 4096, 8192)
     # random assignments that a fraction of bits starts from the best of
     initial_candidates: Annotated[int, Gt(0)] = 16
     # tokens on which these are scored
     initial_tokens: Annotated[int, Gt(1)] = 1024
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # A whole number of bits starts from all layers at that number, and nothing has to be scored first.
+        if self.bits % 1:
+            refuse_few_tokens(
+                self.initial_tokens, self.calibration_tokens, f"initial_tokens={self.initial_tokens}"
+            )
+
 
 def search(config: Config, problem: Problem) -> Assignment:
     """Evolve from the uniform assignment, or from the best of some random ones."""
+    from methods.search._assignment import bits_of
     from methods.search._bits import Bits
 
     database = problem.levels("bits")
     space = Bits.of(database, config.bits, config.group_rule)
     start = (config.initial_candidates, config.initial_tokens) if space.needs_start() else None
     found = problem.evolve(config, space, start=start)
-    counted = bits_of(database, found)
-    problem.stage.notes |= counted
-    return replace(found, about={**found.about, **counted})
-
-
-def bits_of(database: Database, assignment: Assignment) -> dict[str, float]:
-    """Bits for each weight of the assignment's levels: of the codes alone, and with scales and zeros."""
-    chosen = [(unit.rows * unit.columns, unit.level(assignment.levels[unit.name])) for unit in database.units]
-    weights = sum(size for size, _ in chosen)
-    return {
-        "bits": sum(level.cost for _, level in chosen) / weights,
-        "bits_with_scales": sum(size * level.share for size, level in chosen) / weights,
-    }
+    problem.stage.notes |= bits_of(database, found.levels)
+    return found

@@ -22,10 +22,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Lt
 
-from methods.search import Evolution
-from methods.stage import Claim, Dataset
+from methods import search as _search
+from methods.search import Evolution, refuse_few_tokens
+from methods.stage import Claim, Exactly
 
 if TYPE_CHECKING:
     from methods.search import Problem
@@ -44,20 +45,21 @@ USES = (
 )
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
+# of two blocks one
+SMOKE = _search.SMOKE | {"sparsity": Exactly(0.5)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Evolution):
     """Options of ``search.evopress_depth``. In the comments: the shipped script, for 8 billion parameters."""
 
-    # data set that candidates are compared on (FineWeb-Edu, 131,072 tokens)
-    data: Dataset
     # share of the attentions, and of the MLPs, that is removed: a whole number of each
-    sparsity: Annotated[float, Ge(0), Le(1)]
+    sparsity: Annotated[float, Gt(0), Lt(1)]
     # whether only whole blocks are removed
     whole_blocks: bool = False
-    # rounds of mutation and selection; None: k(n-k)/1.5 for k of n blocks, rounded up, as in the script
-    generations: Annotated[int, Gt(0)] | None = None  # type: ignore[assignment]
+    # rounds of mutation and selection; None: k(n-k)/1.5 for k of n blocks, rounded up, as in the script; 0: the best of
+    # the random choices
+    generations: Annotated[int, Ge(0)] | None = None  # type: ignore[assignment]
     # distinct children of a generation (32)
     children: Annotated[int, Gt(0)] = 8
     # candidates that each stage of selection keeps (2, 1); the last is the number of parents
@@ -69,13 +71,19 @@ class Config(Evolution):
     # tokens on which these are scored (2,048)
     initial_tokens: Annotated[int, Gt(1)] = 1024
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_few_tokens(
+            self.initial_tokens, self.calibration_tokens, f"initial_tokens={self.initial_tokens}"
+        )
+
 
 def search(config: Config, problem: Problem) -> Assignment:
     """Evolve from the best of some random choices of sub-blocks."""
     from methods.search._depth import Depth
 
     space = Depth.of(problem.model, config.sparsity, config.whole_blocks)
-    generations = config.generations or usual_generations(space)
+    generations = usual_generations(space) if config.generations is None else config.generations
     return problem.evolve(
         replace(config, generations=generations),
         space,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt
 
-from methods.stage import AssayError, Claim, Dataset, Files
+from methods.stage import AssayError, Claim, Dataset, Levels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # The seed draws the calibration sequences.
 SEEDED = True
 USES = (
-    "methods.levels",
+    "methods.levels._database",
     "methods.search._assignment",
     "methods.prune",
     "methods.prune._hessian",
@@ -53,7 +53,7 @@ class Config:
     """The levels, the budget, and how errors are measured."""
 
     # a levels stage on this chain's parent; of other levels than bit-widths the budget is that of level 0 everywhere
-    levels: Files
+    levels: Levels
     # of bit-widths: their mean over all weights
     bits: Annotated[float, Gt(0)] | None = None
     # "output": the squared error of a layer's outputs. "weights": that of its weights

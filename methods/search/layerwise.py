@@ -24,20 +24,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from methods.stage import AssayError, Claim, Dataset, Files
+from methods.stage import AssayError, BitLevels, Claim, Dataset
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from methods.levels._database import Database
     from methods.search import Problem
     from methods.search._assignment import Assignment
 
 # The seed draws the calibration sequences.
 SEEDED = True
 USES = (
-    "methods.levels",
+    "methods.levels._database",
     "methods.search._assignment",
     "methods.prune",
     "methods.prune._walk",
@@ -46,6 +45,7 @@ USES = (
 )
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
+SMOKE = {"lowered": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Config:
     """The levels, the score, and how many blocks are lowered."""
 
     # A level database of bit-widths.
-    levels: Files
+    levels: BitLevels
     # Blocks at the low bit-width; the paper's knob.
     lowered: Annotated[int, Ge(0)]
     # "lim": how little a block changes its input. "zd": how many of its weights lie far above the mean.
@@ -64,8 +64,8 @@ class Config:
     low: Annotated[int, Ge(1), Le(8)] = 2
     # Bits of the others; 4 in the paper.
     high: Annotated[int, Ge(1), Le(8)] = 4
-    # Named data set that "lim" is measured on; "zd" looks at none.
-    data: Dataset = "authors/retain90"
+    # Named data set that "lim" is measured on; "zd" needs none.
+    data: Dataset | None = None
     # Calibration sequences.
     sequences: Annotated[int, Gt(0)] = 128
     # Longest calibration sequence.
@@ -76,6 +76,8 @@ class Config:
             raise AssayError(
                 f"search.layerwise: low={self.low} bits must be fewer than high={self.high} bits."
             )
+        if self.score == "lim" and self.data is None:
+            raise AssayError('search.layerwise: score="lim" is measured on data: name a data set, data="…".')
 
 
 def search(config: Config, problem: Problem) -> Assignment:
@@ -86,19 +88,15 @@ def search(config: Config, problem: Problem) -> Assignment:
     scores = scores_of(config, problem)
     chosen = set(lowest(scores, config.lowered))
     levels = {unit.name: str(config.low if unit.block in chosen else config.high) for unit in database.units}
-    about = {
-        "score": config.score,
-        "scores": scores,
-        "lowered": sorted(chosen),
-        "bits_per_weight": bits_per_weight(database, levels),
-    }
-    return Assignment("bits", levels, "search.layerwise", database.spent(levels), about)
+    about = {"score": config.score, "scores": scores, "lowered": sorted(chosen)}
+    return Assignment.of(database, levels, "search.layerwise", about)
 
 
 def scores_of(config: Config, problem: Problem) -> list[float]:
     """A number for each block; the lowest are lowered first."""
     if config.score == "zd":
         return [-share_far_above(weights) for weights in block_weights(problem.model)]
+    assert config.data is not None  # checked by Config
     sequences = problem.calibration.sequences(config.data, config.sequences, config.context_tokens)
     pairs = inputs_and_outputs(problem.model, sequences)
     return [-similarity(inputs, outputs, config.cosine) for inputs, outputs in pairs]
@@ -113,12 +111,6 @@ def lowest(scores: list[float], count: int) -> list[int]:
     if count > len(scores):
         raise AssayError(f"search.layerwise: lowered={count}, but the model has {len(scores)} blocks.")
     return sorted(range(len(scores)), key=scores.__getitem__)[:count]
-
-
-def bits_per_weight(database: Database, levels: dict[str, str]) -> float:
-    """Bits for each weight of all layers together, scales and zero points counted."""
-    sizes = [(unit.rows * unit.columns, unit.level(levels[unit.name]).share) for unit in database.units]
-    return sum(numbers * share for numbers, share in sizes) / sum(numbers for numbers, _ in sizes)
 
 
 # --- scores -----------------------------------------------------------------------------------------------

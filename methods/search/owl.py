@@ -10,8 +10,8 @@ Wanda's scores A_ij = |W_ij| ||X_j||_2 of all linear layers of block l in the de
 All layers of a block aim at s_l; s is the sparsity of level 0. The levels that are closest to that in squared zeros,
 and whose zeros add up to those of level 0 exactly, are the assignment. Where no block stands out, all have level 0.
 
-The paper tunes lambda in {0.02, 0.05, 0.08, 0.1, 0.2} and m in {3, 5, 7, 10} for each model; the defaults are its
-choice for LLaMA. An option cannot be called ``lambda`` in Python: it is ``lamda``, as in the official code.
+The paper tunes lambda, the option ``half_spread``, in {0.02, 0.05, 0.08, 0.1, 0.2} and m, ``outlier_factor``, in {3, 5,
+7, 10} for each model; the defaults are its choice for LLaMA.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Gt, Lt
 
+from methods.prune import Calibrated
 from methods.prune._hessian import input_energies
-from methods.stage import Claim, Dataset, Files
+from methods.stage import Claim, SparsityLevels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 # The seed draws the calibration sequences.
 SEEDED = True
 USES = (
-    "methods.levels",
+    "methods.levels._database",
     "methods.search._assignment",
     "methods.prune",
     "methods.prune._hessian",
@@ -48,21 +49,15 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Calibrated):
     """The levels, and how far the blocks may lie apart."""
 
     # A level database of sparsities; that of its level 0 is kept.
-    levels: Files
-    # Named data set that outliers are measured on; C4 in the paper.
-    data: Dataset
+    levels: SparsityLevels
     # Half the distance between the densest and the sparsest block, as a share of the weights.
-    lamda: Annotated[float, Gt(0), Lt(0.5)] = 0.08
+    half_spread: Annotated[float, Gt(0), Lt(0.5)] = 0.08
     # A weight is an outlier when its score is more than this many times its block's mean.
-    m: Annotated[float, Gt(0)] = 5.0
-    # Calibration sequences; 128 in the official code.
-    sequences: Annotated[int, Gt(0)] = 128
-    # Longest calibration sequence; 2,048 in the official code.
-    context_tokens: Annotated[int, Gt(0)] = 2048
+    outlier_factor: Annotated[float, Gt(0)] = 5.0
 
 
 def search(config: Config, problem: Problem) -> Assignment:
@@ -71,7 +66,7 @@ def search(config: Config, problem: Problem) -> Assignment:
 
     database = problem.levels("sparsity")
     ratios = outlier_ratios(config, problem)
-    moved = shifts(ratios, config.lamda)
+    moved = shifts(ratios, config.half_spread)
     wanted = {
         unit.name: unit.level("0").cost + moved[unit.block] * unit.rows * unit.columns
         for unit in database.units
@@ -89,7 +84,10 @@ def outlier_ratios(config: Config, problem: Problem) -> list[float]:
 
     sequences = problem.calibration.sequences(config.data, config.sequences, config.context_tokens)
     with torch.no_grad():
-        return [outlier_ratio(block_scores(block), config.m) for block in walk(problem.model, sequences)]
+        return [
+            outlier_ratio(block_scores(block), config.outlier_factor)
+            for block in walk(problem.model, sequences)
+        ]
 
 
 def block_scores(block: Block) -> list[Tensor]:
@@ -105,11 +103,11 @@ def outlier_ratio(scores: Sequence[Tensor], factor: float) -> float:
     return sum(int((part > factor * mean).sum()) for part in scores) / numel
 
 
-def shifts(ratios: Sequence[float], lamda: float) -> list[float]:
-    """s_l - s of every block: mean 0, at most 2 lambda apart, least where the outliers are."""
+def shifts(ratios: Sequence[float], half_spread: float) -> list[float]:
+    """s_l - s of every block: mean 0, at most twice ``half_spread`` apart, least where the outliers are."""
     lowest, widest = min(ratios), max(ratios) - min(ratios)
     if widest == 0:
         return [0.0] * len(ratios)
-    brackets = [2 * lamda * (ratio - lowest) / widest for ratio in ratios]
+    brackets = [2 * half_spread * (ratio - lowest) / widest for ratio in ratios]
     mean = sum(brackets) / len(brackets)
     return [mean - bracket for bracket in brackets]

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from methods.find import nearest
-from methods.stage import AssayError, Claim, Dataset, Files
+from methods.stage import AssayError, Claim, Dataset, Levels
 
 if TYPE_CHECKING:
     from methods.search import Problem
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SEEDED = False
 USES = (
-    "methods.levels",
+    "methods.levels._database",
     "methods.search._assignment",
     "methods.search._spaces",
     "methods.prune._walk",
@@ -52,7 +52,7 @@ class Config:
     # name of the file below --config data=DIR
     assignment: Dataset
     # the levels stage on this chain's parent that it is about; left out where sub-blocks are removed
-    levels: Files | None = None
+    levels: Levels | None = None
 
 
 def search(config: Config, problem: Problem) -> Assignment:
@@ -102,7 +102,10 @@ def of_layers(config: Config, problem: Problem, lines: Sequence[tuple[int, str]]
             )
         if name in found:
             raise AssayError(f"line {number} of {config.assignment!r} names {name} again.")
-        found[name] = problem.database.unit(name).level(level).name
+        try:
+            found[name] = problem.database.unit(name).level(level).name
+        except AssayError as error:
+            raise AssayError(f"line {number} of {config.assignment!r}: {error}") from None
     missing = [unit.name for unit in problem.database.units if unit.name not in found]
     if missing:
         raise AssayError(

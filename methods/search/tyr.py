@@ -28,9 +28,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from annotated_types import Gt
+from annotated_types import Ge, Gt
 
-from methods.search import Evolution
+from methods.search import SMOKE, Evolution
 from methods.stage import Claim, Files
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ USES = (
 )
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
+__all__ = ["SMOKE", "Config", "search"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Config(Evolution):
     # the levels of heads and neurons to choose from, of this chain's model
     levels: Files
     # rounds of mutation and selection (50)
-    generations: Annotated[int, Gt(0)] = 30
+    generations: Annotated[int, Ge(0)] = 30
     # candidates that each stage of selection keeps (16, 4, 2, of 128 children); the first of the last stage is taken
     survivors: tuple[Annotated[int, Gt(0)], ...] = (8, 4, 2)
     # what is made small (sparse_kl); hidden: our form of the paper's variant, see above

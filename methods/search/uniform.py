@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Gt
 
-from methods.stage import AssayError, Claim, Files
+from methods.stage import AssayError, Claim, Levels
 
 if TYPE_CHECKING:
     from methods.levels._database import Database
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from methods.search._assignment import Assignment
 
 SEEDED = False
-USES = ("methods.levels", "methods.search._assignment", "methods.checkpoint")
+USES = ("methods.levels._database", "methods.search._assignment", "methods.checkpoint")
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
 
@@ -33,7 +33,7 @@ class Config:
     """The levels, and which of them all layers get."""
 
     # a levels stage on this chain's parent
-    levels: Files
+    levels: Levels
     # of sparsities, heads and neurons: steps away from level 0
     level: str = "0"
     # of bit-widths: how many; a whole number, because all layers get the same

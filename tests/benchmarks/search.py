@@ -39,7 +39,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from methods.data import Example
-from methods.levels._database import Database, Writer, encode_sparse
+from methods.levels._database import Database, Writer
+from methods.levels._encodings import encode_sparse
 from methods.progress import Progress
 from methods.search._candidates import Batch, Counts, Scorer, Swaps
 from methods.search._evolution import Evolution, Settings

@@ -51,7 +51,7 @@ def watched_block(weight: Tensor, sequences: Tensor) -> Block:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight.clone()
     rows = [row[None] for row in sequences]
-    return Block(0, nn.Sequential(linear), rows, [{}] * len(rows))
+    return Block(0, "block", nn.Sequential(linear), rows, [{}] * len(rows))
 
 
 def tiny_llama() -> Any:

@@ -52,15 +52,15 @@ def test_svdllm_equals_the_official_one(case: dict[str, Any]) -> None:
     config = method.Config(data="case", keep=options["keep_ratio"], update=True)
     block = watched_block(*inputs(case))
     weight = block.linears()["0"].weight.data
-    found = method.factors(config, block, {"0": "0"})
-    assert len(found["0/b"]) == options["rank"] == _lowrank.rank_for(config.keep, *weight.shape)
+    found = _lowrank.factors(block, config.keep, method.input_transforms(config, block))
+    assert len(found["block.0/b"]) == options["rank"] == _lowrank.rank_for(config.keep, *weight.shape)
     spectrum = _lowrank.truncate(weight, method.input_transforms(config, block)["0"], 1).spectrum
     cases.agree(spectrum, expected["singular_values"], relative=1e-4, absolute=0.0, what="singular values")
     for name, factors in {
         "": found,
-        "_updated": found | method.updated(block, {"0": "0"}, found),
+        "_updated": found | method.updated(block, found),
     }.items():
-        approximation = factors["0/a"] @ factors["0/b"]
+        approximation = factors["block.0/a"] @ factors["block.0/b"]
         wanted = torch.tensor(expected["W_updated" if name else "W_whitened"])
         assert largest(approximation - wanted, weight) <= 2e-3, name
         error = case["scalars"][f"relative_output_error{name}"]
@@ -80,9 +80,9 @@ def test_asvd_is_the_exact_decomposition_and_no_worse_than_the_official_one(case
     weight = block.linears()["0"].weight.data.double()
     sizes = method.absolute_means(block)["0"]
     cases.agree(sizes, expected["abs_mean"], relative=1e-5, absolute=1e-6, what="abs_mean")
-    found = method.factors(config, block, {"0": "0"})
-    assert len(found["0/b"]) == options["rank"]
-    approximation = found["0/a"].double() @ found["0/b"].double()
+    found = _lowrank.factors(block, config.keep, method.input_transforms(config, block))
+    assert len(found["block.0/b"]) == options["rank"]
+    approximation = found["block.0/a"].double() @ found["block.0/b"].double()
     wanted = torch.tensor(expected["W_exact_independent"])
     cases.agree(approximation, wanted, relative=0.0, absolute=1e-5, what="W_exact_independent")
     scaling = method.scaling(sizes, config.alpha)
@@ -144,7 +144,7 @@ def mlp_block(expected: dict[str, Any]) -> Block:
     block.add_module("mlp", LlamaMLP(config).double())
     for name in ("gate", "up", "down"):
         block.get_parameter(f"mlp.{name}_proj.weight").data = torch.tensor(expected[f"W_{name}"])
-    return Block(0, block, [torch.tensor(expected["X"])[None]], [{}])
+    return Block(0, "block", block, [torch.tensor(expected["X"])[None]], [{}])
 
 
 @pytest.mark.parametrize("case", of_method("modegpt_mlp"))

@@ -103,7 +103,7 @@ def test_levels_equal_those_of_evopress(group: str, record: dict[str, Any]) -> N
         symmetric=record["sym"],
         block=record["block_size"],
         relative_damping=record["rel_damp"],
-        saved="float32",
+        scales="float32",
     )
     inverse = invert(hessian(weight, sequences), config.relative_damping)
     level = solve(weight, inverse, config.settings, config.bits)[record["bits"]]
@@ -130,7 +130,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Any:
         loaded=about["calibration_bitwidth"],
         group=about["group_size"],
         symmetric=about["sym"],
-        saved="float32",
+        scales="float32",
     )
     writer = Writer(folder, "bits")
     method.build_on(config, tiny_llama(), calibration(), Progress(Path(folder) / "scratch", 0), writer)

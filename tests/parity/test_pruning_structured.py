@@ -20,7 +20,8 @@ from methods.levels._database import Writer
 from methods.progress import Progress
 from methods.prune import flap
 from methods.prune._hessian import Gram
-from methods.prune._structured import Part, kept_units, parts, refit
+from methods.prune._refit import refit
+from methods.prune._structured import Part, kept_units, parts
 from tests.parity.cases import agree
 from tests.parity.pruning import LINEAR, META, arrays, calibration, inputs, records, tiny_llama
 
