@@ -74,7 +74,7 @@ MALFORMED = [
     ("a chain that needs itself", "base > train.sft(", "base > train.sft(head=target, ", "target is no value for head"),
     ("text for a reference", "target > prune.magnitude(sparsity={0.25, 0.5})", 'target > distill.forward_kl(teacher="target")', "without quotes"),
     ("a name for a text", 'data="authors/forget01"', "data=authors", "text needs quotes"),
-    ("a truth as YAML has it", "steps=2", "steps=2, resume=true", "resume"),
+    ("a truth as YAML has it", "steps=2", "steps=2, keep_zeros=true", "write True"),
     ("a component without brackets", "steps=2", "steps=2, schedule=linear", "write schedule=linear()"),
     ("an unknown component", "steps=2", "steps=2, schedule=liner()", "did you mean"),
     ("a component of the wrong kind", "steps=2", "steps=2, schedule=adamw(learning_rate=0.1)", "schedule"),

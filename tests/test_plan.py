@@ -724,3 +724,35 @@ def test_a_list_where_none_belongs_is_a_sentence(tmp_path: Path, text: str, sent
     with pytest.raises(AssayError) as caught:
         make(tmp_path, TWO | {"odd": text}, seeds="[0]")
     assert sentence in str(caught.value), str(caught.value)
+
+
+LEVELS = {
+    "target": TRAIN,
+    "zeros": "target > levels.magnitude(sparsity=0.5)",
+    "chosen": "target > search.uniform(levels=zeros)",
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "prune.assigned(assignment=zeros)",
+            "assignment=zeros reads the files of a search stage, but zeros ends in levels.magnitude; the option takes "
+            "a chain such as target > search.",
+        ),
+        ("prune.assigned(assignment=chosen, levels=chosen)", "levels=chosen reads the files of a levels stage, but"),
+        (
+            "search.layerwise(levels=zeros, lowered=1)",
+            "levels=zeros reads the files of a levels stage of kind bits, but zeros ends in levels.magnitude of kind "
+            "sparsity; the option takes a chain such as target > levels.gptq or target > levels.rtn.",
+        ),
+        ("search.uniform(levels=target)", "the option takes a chain such as target > levels."),
+    ],
+)  # fmt: skip
+def test_the_files_of_another_family_or_kind_are_refused_before_they_are_made(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    with pytest.raises(AssayError) as caught:
+        toy_plan(tmp_path, LEVELS | {"odd": f"target > {text}"})
+    assert sentence in str(caught.value), str(caught.value)

@@ -438,7 +438,11 @@ def assignment(outcome: Any) -> Any:
             "children=4 are more than the 3 distinct children that exist",
         ),
         ("search.evopress_depth", {"sparsity": 0.3}, r"sparsity=0\.3 cannot be met exactly"),
-        ("search.evopress_depth", {"initial_tokens": 10**6}, "initial_tokens=1000000: a stage scores on 1,000,000"),
+        (
+            "search.evopress_depth",
+            {"initial_tokens": 10**6},
+            "initial_tokens=1000000: a stage scores on 1,000,000",
+        ),
         ("search.evopress_depth", {"survivors": (3, 2), "children": 3, "initial_candidates": 1}, "2 parents"),
     ],
 )
