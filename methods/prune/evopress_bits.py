@@ -26,7 +26,19 @@ from methods.stage import AssayError, Claim, From, Step
 # The seed draws calibration sequences, children and batches.
 SEEDED = True
 RESULT = "model"
-CLAIMS: tuple[Claim, ...] = ()
+CLAIMS = (
+    Claim(
+        sentence="Llama-3-8B with 3 bits on average, searched, has a perplexity of 7.49 or less (uniform 12.19).",
+        source="EvoPress, first arXiv version, as told in a public summary",
+        metric="perplexity.perplexity",
+        subject="*> prune.evopress_bits*",
+        subject_options={"bits": 3.0},
+        relation="at_most",
+        value=7.49,
+        scope="paper",
+        model="meta-llama/Meta-Llama-3-8B",
+    ),
+)
 
 _LEVELS, _SEARCH = gptq.Config, evopress_bits.Config
 

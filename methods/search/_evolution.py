@@ -168,13 +168,16 @@ class Evolution:
 
     def _children(self, generation: int) -> list[Candidate]:
         """Distinct children of the parents, each checked against the budget."""
+        wanted = self.settings.children
+        if sum(self.space.children(parent, wanted) for parent in self.parents) < wanted:
+            raise self._too_few(generation, 0)
         random = self._random("children", generation)
         kids: dict[Candidate, None] = {}
         for child, parent in self._drawn(random):
             if child not in kids and not self.space.refuse(child, parent):
                 self.space.check(child)
                 kids[child] = None
-            if len(kids) == self.settings.children:
+            if len(kids) == wanted:
                 return list(kids)
         raise self._too_few(generation, len(kids))
 

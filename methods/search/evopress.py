@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Ge
 
 from methods.search import SMOKE, Evolution
-from methods.stage import Claim, Files
+from methods.stage import Claim, SparsityLevels
 
 if TYPE_CHECKING:
     from methods.search import Problem
@@ -56,7 +56,7 @@ class Config(Evolution):
     """Options of ``search.evopress``."""
 
     # the levels of sparsity to choose from, of this chain's model
-    levels: Files
+    levels: SparsityLevels
     # no layer above this level; None (as published) for any there is
     max_level: Annotated[int, Ge(1)] | None = None
     # no candidate whose levels differ from 0 by more than this in all; None (as published) for any

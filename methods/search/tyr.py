@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, Gt
 
 from methods.search import SMOKE, Evolution
-from methods.stage import Claim, Files
+from methods.stage import Claim, StructureLevels
 
 if TYPE_CHECKING:
     from methods.search import Problem
@@ -58,7 +58,7 @@ class Config(Evolution):
     """Options of ``search.tyr``. In the comments: the official example, for 7 billion parameters."""
 
     # the levels of heads and neurons to choose from, of this chain's model
-    levels: Files
+    levels: StructureLevels
     # rounds of mutation and selection (50)
     generations: Annotated[int, Ge(0)] = 30
     # candidates that each stage of selection keeps (16, 4, 2, of 128 children); the first of the last stage is taken
