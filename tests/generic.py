@@ -438,6 +438,9 @@ SECOND: dict[str, Change] = {
 # Shared options that a method refuses in a sentence, whatever their value.
 REFUSED: dict[str, tuple[str, ...]] = {"train.sparse": ("adapter",)}
 
+# What curves hold beside the terms of a loss.
+NO_TERMS = ("learning_rate", "gradient_norm", "hidden", "flipped")
+
 # Options of evaluations that may only move the last bits, and are no How because on a card they do.
 LAST_BITS = ("batch",)
 
@@ -717,16 +720,14 @@ class Outcome:
 
     @cached_property
     def curve(self) -> dict[str, list[float]]:
-        """Values by term, in the order of the steps; learning rate and gradient norm are left out."""
+        """Values by term, in the order of the steps; what is no term of a loss is left out."""
         path = self.folder / "curve.csv"
         terms: dict[str, list[float]] = {}
         if path.is_file():
             with open(path, encoding="utf-8", newline="") as file:
                 for row in csv.DictReader(file):
                     terms.setdefault(row["term"], []).append(float(row["value"]))
-        return {
-            name: values for name, values in terms.items() if name not in ("learning_rate", "gradient_norm")
-        }
+        return {name: values for name, values in terms.items() if name not in NO_TERMS}
 
     @property
     def result(self) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from tests import generic
 
 
 def curve(outcome: generic.Outcome, term: str) -> list[float]:
-    return outcome.curve[term]
+    with open(outcome.folder / "curve.csv", encoding="utf-8", newline="") as file:
+        return [float(row["value"]) for row in csv.DictReader(file) if row["term"] == term]
 
 
 def layer(weights: list[list[float]]) -> Any:
@@ -129,6 +131,7 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert again.notes["resumed_from_step"] == 5
     assert again.same_weights(whole)
     assert again.curve == whole.curve
+    assert curve(again, "hidden") == curve(whole, "hidden")
 
 
 def test_what_cannot_be_is_told_before_anything_runs() -> None:
