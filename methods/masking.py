@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
 
-REVISION = 1
+REVISION = 2
 # What the masks are called among the buffers of a model's layers: saved and resumed with a run, not with the model.
 BUFFER = "hidden_weights"
 
@@ -57,9 +57,11 @@ class Schedule:
     shape: Literal["cubic", "linear"] = "cubic"
 
     def progress(self, step: int) -> float:
-        """From 0 to 1, after ``step`` of the steps."""
+        """From 0 to 1, after ``step`` of the steps; 1 in the last one, behind which no mask is drawn any more."""
         first, last = self.begin * self.steps, self.finish * self.steps
-        return 1.0 if step >= last else max(0.0, (step - first) / (last - first))
+        if step >= min(last, self.steps - 1):
+            return 1.0
+        return max(0.0, (step - first) / (last - first))
 
     def share(self, step: int) -> float:
         """The share of the weights that is hidden after ``step`` of the steps."""

@@ -33,13 +33,6 @@ How = _How()
 
 
 @dataclass(frozen=True)
-class Exactly:
-    """In a file's ``SMOKE``: the value that ``scale=smoke`` gives an option; a bare number only caps what was given."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
 class Component:
     """A part a stage is made of: ``adamw(learning_rate=5e-3)`` is ``Component("adamw", {...})``.
 

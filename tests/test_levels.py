@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import methods.levels as family
 import methods.search as search_family
 from methods.data import Locator
-from methods.levels import _database
+from methods.levels import _database, _encodings
 from methods.levels._database import Database, Writer, linear_layers
 from methods.levels._encodings import Encoded, encode_codes, encode_columns, encode_sparse
 from methods.progress import Progress
@@ -115,6 +115,21 @@ def test_packed_codes_come_back_and_take_their_bits(bits: int) -> None:
     expected = scale.repeat_interleave(8, dim=1) * (codes.float() - zero.repeat_interleave(8, dim=1))
     assert encoded.decode().equal(expected)
     assert encoded.parts["planes"].nbytes == bits * 6 * 40 / 8
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_a_card_decodes_the_same_bits(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(bits)
+    weight = torch.randn(13, 37, generator=random)
+    weight[torch.rand(13, 37, generator=random) < 0.6] = 0.0
+    codes = torch.randint(0, 2**bits, (5, 21), generator=random, dtype=torch.uint8)
+    coded = encode_codes(codes, torch.rand(5, 3), torch.rand(5, 3), bits, pruned=codes == 1)
+    every = [encode_sparse(weight), encode_columns(weight), coded]
+    expected = [encoded.decode() for encoded in every]
+    # what is done elsewhere than on a processor
+    monkeypatch.setattr(_encodings, "_bits", lambda packed, count: _encodings._bits_by_shifts(packed)[:count])
+    found = [encoded.to(torch.device("cpu")).decode() for encoded in every]
+    assert all(ours.equal(theirs) for ours, theirs in zip(found, expected, strict=True))
 
 
 def test_kept_columns_come_back_to_their_places() -> None:

@@ -602,6 +602,13 @@ def test_a_worse_generation_leaves_the_parent(tmp_path: Path) -> None:
     assert evolution(tmp_path, Line(), Distance(lambda a: float(a != 2))).run() == (2, 8)
 
 
+def test_a_held_out_fitness_that_is_no_number_is_a_sentence(tmp_path: Path) -> None:
+    search = evolution(tmp_path, Line(), Distance())
+    search.holdout = lambda assignment: math.inf
+    with pytest.raises(NotFinite, match="held-out batch is no finite number after generation 0"):
+        search.run()
+
+
 def test_what_is_no_number_never_survives_by_its_place(tmp_path: Path) -> None:
     def broken(a: int) -> float:
         return math.inf if a < 4 else abs(a - 7.0)

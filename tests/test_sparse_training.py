@@ -40,6 +40,16 @@ def test_the_share_rises_as_zhu_and_gupta_write_it() -> None:
     assert [line.share(step) for step in (0, 5, 10)] == pytest.approx([0.2, 0.4, 0.6])
 
 
+@pytest.mark.parametrize("finish", [1.0, 0.99])
+def test_a_schedule_that_ends_with_the_training_gets_to_its_end(finish: float) -> None:
+    found = layer([[1.0, -2.0, 3.0, -4.0]])
+    hiding = masks(found, Schedule(0.0, 0.75, 0.5, finish, steps=6), every=10)
+    for step in range(6):
+        with hiding.hiding(step):
+            pass
+    assert hiding.numbers()["hidden"] == 0.75
+
+
 def test_what_is_removed_is_zero_and_gets_no_gradient() -> None:
     found = layer([[1.0, -2.0, 3.0, -4.0]])
     hiding = masks(found, Schedule(0.5, 0.5, 0.0, 1.0, steps=2))

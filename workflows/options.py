@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from methods import stage
 from methods.find import Catalogue, Found, nearest
-from methods.stage import AssayError, Component, Exactly, How, Parent
+from methods.stage import AssayError, Component, How, Parent
 from workflows.notation import Call, Name, Value, format_call, format_value
 from workflows.record import PARTS, Part
 
@@ -204,8 +204,6 @@ class _Builder:
     def value(self, method: str, option: OptionField, given: dict[str, Value]) -> Any:
         if option.name in self.smoke and option.kind is None:
             value = self.smoke[option.name]
-            if isinstance(value, Exactly):
-                return value.value
             if value is None or not isinstance(given.get(option.name, option.default), (int, float)):
                 return value
             return min(value, given.get(option.name, option.default))

@@ -23,7 +23,7 @@ from methods.levels._encodings import Encoded
 from methods.stage import AssayError, NotFinite
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor, device, nn
 
 REVISION = 1
 ABOUT = "levels.json"
@@ -246,13 +246,18 @@ class _LayerFile:
     def _keys(self) -> list[str]:
         return list(self._file.keys())
 
-    def weight(self, level: str) -> Tensor:
-        """The weight [rows,columns] of a level, float32."""
+    def weight(self, level: str, where: device | None = None) -> Tensor:
+        """The weight [rows,columns] of a level, float32, on a device (default: the processor)."""
         from safetensors import SafetensorError
+        from torch.cuda import OutOfMemoryError
 
         self.unit.level(level)
         try:
-            return self._encoded(level).decode()
+            encoded = self._encoded(level)
+            return (encoded if where is None else encoded.to(where)).decode()
+        except OutOfMemoryError:
+            # A full card says nothing about the file.
+            raise
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
             raise self._damaged(error) from error
 
@@ -272,6 +277,7 @@ class Database:
     Args:
         memory_bytes: decoded matrices are kept up to this size in all; then the one that was not asked for longest
             is dropped.
+        where: the device that matrices are decoded on; None: the processor.
     """
 
     def __init__(
@@ -281,12 +287,14 @@ class Database:
         units: Sequence[Unit],
         about: Mapping[str, Any],
         memory_bytes: int = GIBIBYTE,
+        where: device | None = None,
     ) -> None:
         self.folder = folder
         self.kind = kind
         self.units = tuple(units)
         self.about = about
         self.memory_bytes = memory_bytes
+        self.where = where
         self._by_name = {unit.name: unit for unit in self.units}
         self._files: dict[str, _LayerFile] = {}
         self._decoded: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
@@ -297,7 +305,8 @@ class Database:
         """The database in a ``files/`` folder.
 
         Args:
-            model: the dense model it is to be used with, in float32; None: whichever it was.
+            model: the dense model it is to be used with, in float32; None: whichever it was. Its levels are decoded
+                on this model's device.
         Raises:
             AssayError: the folder holds no database, a damaged one, or one of other weights than the model's.
         """
@@ -317,7 +326,8 @@ class Database:
         if model is not None:
             remedy = "name a levels stage on this chain's parent"
             refuse_other_weights(folder, "levels", marks, linear_layers(model), remedy)
-        return cls(folder, kind, units, about, memory_bytes)
+        where = None if model is None else next(model.parameters()).device
+        return cls(folder, kind, units, about, memory_bytes, where)
 
     def unit(self, name: str) -> Unit:
         """The layer of that name, or a sentence with the nearest one."""
@@ -331,7 +341,7 @@ class Database:
         if key in self._decoded:
             self._decoded.move_to_end(key)
             return self._decoded[key]
-        weight = self._file(name).weight(level)
+        weight = self._file(name).weight(level, self.where)
         self._keep(key, weight)
         return weight
 

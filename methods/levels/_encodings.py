@@ -12,12 +12,11 @@ columns     kept (input columns), values                 the values in the kept 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import numpy
-    from torch import Tensor
+    from torch import Tensor, device
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,12 @@ class Encoded:
     parts: Mapping[str, Tensor]
 
     def decode(self) -> Tensor:
-        """The weight [rows,columns] in float32."""
+        """The weight [rows,columns] in float32, on the device its parts are on."""
         return _DECODERS[self.encoding](self)
+
+    def to(self, where: device) -> Encoded:
+        """The same with its parts on a device: they are small, and a card decodes them many times as fast."""
+        return replace(self, parts={name: part.to(where) for name, part in self.parts.items()})
 
 
 def encode_sparse(weight: Tensor) -> Encoded:
@@ -87,7 +90,7 @@ def _decode_sparse(encoded: Encoded) -> Tensor:
     values = encoded.parts["values"]
     if int(kept.sum()) != len(values):
         raise ValueError(f"a mask of {int(kept.sum())} weights has {len(values)} values")
-    weight = torch.zeros(encoded.rows * encoded.columns)
+    weight = torch.zeros(encoded.rows * encoded.columns, device=values.device)
     return weight.masked_scatter_(kept, values.float()).view(encoded.rows, encoded.columns)
 
 
@@ -109,8 +112,9 @@ def _decode_codes(encoded: Encoded) -> Tensor:
 def _decode_columns(encoded: Encoded) -> Tensor:
     import torch
 
-    weight = torch.zeros(encoded.rows, encoded.columns)
-    return weight.index_copy_(1, encoded.parts["kept"].long(), encoded.parts["values"].float())
+    values = encoded.parts["values"].float()
+    weight = torch.zeros(encoded.rows, encoded.columns, device=values.device)
+    return weight.index_copy_(1, encoded.parts["kept"].long(), values)
 
 
 _DECODERS: dict[str, Callable[[Encoded], Tensor]] = {
@@ -132,16 +136,27 @@ def _unpacked(packed: Tensor, count: int) -> Tensor:
     """The first ``count`` entries of what ``_packed`` packed: bool [count]."""
     import torch
 
-    return torch.from_numpy(_bits(packed, count)).view(torch.bool)
+    return _bits(packed, count).view(torch.bool)
 
 
-def _bits(packed: Tensor, count: int) -> numpy.ndarray:
-    """0 or 1 for each of the first ``count`` bits; numpy would fill up too short a tensor with zeros."""
+def _bits(packed: Tensor, count: int) -> Tensor:
+    """0 or 1 for each of the first ``count`` bits: uint8 [count]; numpy would fill up too short a tensor with zeros."""
     import numpy
+    import torch
 
     if packed.numel() != -(-count // 8):
         raise ValueError(f"{packed.numel()} bytes are not those of {count} bits")
-    return numpy.unpackbits(packed.numpy(), count=count)
+    if packed.device.type != "cpu":
+        return _bits_by_shifts(packed)[:count]
+    return torch.from_numpy(numpy.unpackbits(packed.numpy(), count=count))
+
+
+def _bits_by_shifts(packed: Tensor) -> Tensor:
+    """What numpy does on a processor, on any device: 0 or 1 for every bit, uint8 [8 n] for n bytes."""
+    import torch
+
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, None] >> shifts) & 1).flatten()
 
 
 def _planes(codes: Tensor, bits: int) -> Tensor:
@@ -154,9 +169,7 @@ def _planes(codes: Tensor, bits: int) -> Tensor:
 
 def _codes(planes: Tensor, count: int) -> Tensor:
     """The codes uint8 [count] behind their bit planes."""
-    import torch
-
     codes = _bits(planes[0], count)
     for bit in range(1, len(planes)):
         codes |= _bits(planes[bit], count) << bit
-    return torch.from_numpy(codes)
+    return codes

@@ -14,8 +14,9 @@ measured.
 Where this differs from the official code: it prunes round(count (s + l weights_step / numel)) weights in each block of
 columns, whose sum may miss zeros(l) by a few; ``threshold="exact"`` shares the rounding out over the blocks so that it
 does not. ``"block"`` does as the official code, and is refused where its levels come out at unequal distances. A level
-of no zeros is the dense layer; there the official code ends with an error. Inputs that are dead in the calibration data
-lose all their weights with "block", with "exact" first of all.
+of no zeros is the dense layer; there the official code ends with an error. Rows of text are joined and cut into windows
+of ``context_tokens``; there every document is a sequence of its own length. Inputs that are dead in the calibration
+data lose all their weights with "block", with "exact" first of all.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ def run(stage: Stage, method: ModuleType) -> None:
     _, before = nonzero(model)
     state = stage.progress.load()
     stage.notes["resumed_from_step"] = state.step if state else 0
+    del state  # the method reads it for itself, and of a large model it is as large
     factors = method.prune(stage.config, model, Calibration(stage), stage.progress)
     structural = factors is not None or is_structural(method, stage.config)
     factors = rounded(factors or {}, parent)
@@ -66,6 +67,8 @@ def run(stage: Stage, method: ModuleType) -> None:
     total, after = nonzero(model)
     stage.notes.update(parameters=total, nonzero_before=before, nonzero_after=after, layers=report(model))
     save_chain_form(model, stage, factors)
+    # What follows reads the folder: at full size there is no room for more than one or two of these models.
+    del model
     stage.notes["physical"] = structural
     if structural:
         write_physical(stage.folder / "model", stage, factors)
@@ -213,6 +216,12 @@ def write_physical(masked: Path, stage: Stage, factors: Mapping[str, tuple[Tenso
 
     Raises an AssayError where they disagree, so that nothing is published.
     """
+    write_cut(masked, stage, factors)
+    check_same(masked, masked / "physical")
+
+
+def write_cut(masked: Path, stage: Stage, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Write the cut form of ``masked`` beside it and note its widths."""
     from methods.architectures import require_llama
     from methods.architectures.cutting import Cut
     from methods.checkpoint import load_model
@@ -226,7 +235,6 @@ def write_physical(masked: Path, stage: Stage, factors: Mapping[str, tuple[Tenso
     stage.notes["widths"] = cut.widths()
     stage.notes["ranks"] = {name: len(inner) for name, (_, inner) in factors.items()}
     stage.notes["plain"] = small.config.model_type == "llama"
-    check_same(masked, masked / "physical")
 
 
 def save_physical(cut: Cut, small: PreTrainedModel, folder: Path, parent: Path) -> None:

@@ -222,7 +222,8 @@ def collect(
                 step = number * blocks + block.index + 1
                 if step > done:
                     next(bar, None)
-                    found |= one.find(block, found)
+                    # On the processor, as a saved state has them: on a card they would be a second model beside it.
+                    found |= {name: tensor.cpu() for name, tensor in one.find(block, found).items()}
                 if one.compressed:
                     install(block, found)
                 if step > done and progress.due(before + step):

@@ -74,13 +74,16 @@ class Block:
 
     def run(self) -> list[Tensor]:
         """The block's outputs with the weights it has now, one [1,T,d] per sequence."""
+        return list(self._outputs())
+
+    def _outputs(self) -> Iterator[Tensor]:
+        """The same one after the other."""
         import torch
 
-        with torch.no_grad():
-            return [
-                first(self.module(hidden, **settings))
-                for hidden, settings in zip(self.inputs, self.settings, strict=True)
-            ]
+        for hidden, settings in zip(self.inputs, self.settings, strict=True):
+            with torch.no_grad():
+                output = first(self.module(hidden, **settings))
+            yield output
 
     def run_watched(self, see: Any) -> None:
         """Run all sequences; ``see(name, x)`` gets the input [tokens, in] of every linear layer."""
@@ -92,7 +95,9 @@ class Block:
 
                 handle = linear.register_forward_pre_hook(hook)
                 stack.callback(handle.remove)
-            self.run()
+            # Only what is seen counts: nothing is kept of the outputs.
+            for _ in self._outputs():
+                pass
 
 
 def first(output: Any) -> Tensor:

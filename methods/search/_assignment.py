@@ -272,9 +272,10 @@ class _Knapsack:
         best = numpy.full(target + 1, numpy.inf)
         best[0] = 0.0
         choices = []
+        narrow = numpy.min_scalar_type(max(map(len, self.above)))
         for row, numbers in zip(self.above, values, strict=True):
             least = numpy.full(target + 1, numpy.inf)
-            choice = numpy.zeros(target + 1, dtype=numpy.uint8)
+            choice = numpy.zeros(target + 1, dtype=narrow)
             for number, (cost, value) in enumerate(zip(row, numbers, strict=True)):
                 if cost > target:
                     break

@@ -247,7 +247,13 @@ class Evolution:
         if best is not None:
             self.log.curve.append((step, "fitness", best))
         if self.holdout is not None:
-            self.log.curve.append((step, "holdout", self.holdout(self.space.assignment(self.parents[0]))))
+            score = self.holdout(self.space.assignment(self.parents[0]))
+            if not math.isfinite(score):
+                raise NotFinite(
+                    f"{self.settings.name}: the fitness on the held-out batch is no finite number after generation "
+                    f"{step}; look at the levels, at holdout, or at the model itself."
+                )
+            self.log.curve.append((step, "holdout", score))
         self.log.curve.append((step, "tokens", float(self.log.tokens)))
 
     # --- state ------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt, Lt
 
-from methods.stage import AssayError, Claim, Dataset, Exactly
+from methods.stage import AssayError, Claim, Dataset
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +57,7 @@ USES = (
 )
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
-# of two blocks one
-SMOKE = {"sparsity": Exactly(0.5), "calibration_tokens": 256}
+SMOKE = {"calibration_tokens": 256}
 
 # Scores that need the model's own answers, and no hidden states.
 MISSED = ("perplexity", "kl")

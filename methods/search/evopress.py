@@ -17,7 +17,8 @@ Where this differs from the official code: a child equal to its parent is refuse
 spends a pass on what is known; the parent joins the last stage by its place and not by the number of survivors;
 logarithms of probabilities are float32 (there: float16); a sequence of one token counts nothing (there it makes
 ``ppl`` and ``sparse_kl`` no number for all candidates, and then survivors are arbitrary); a stage that wants more
-tokens than there are, or more children than exist, is an error (there: no end). The result is the assignment; the
+tokens than there are, or more children than exist, is an error (there: no end); rows of text are joined and cut into
+windows of ``context_tokens`` (there every document is a sequence of its own length). The result is the assignment; the
 official code evaluates and saves whatever was scored last.
 """
 

@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Gt, Lt
 
-from methods import search as _search
-from methods.search import Evolution, refuse_few_tokens
-from methods.stage import Claim, Exactly
+from methods.search import SMOKE, Evolution, refuse_few_tokens
+from methods.stage import Claim
 
 if TYPE_CHECKING:
     from methods.search import Problem
@@ -45,13 +44,15 @@ USES = (
 )
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
-# of two blocks one
-SMOKE = _search.SMOKE | {"sparsity": Exactly(0.5)}
+__all__ = ["SMOKE", "Config", "search"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Evolution):
-    """Options of ``search.evopress_depth``. In the comments: the shipped script, for 8 billion parameters."""
+    """Options of ``search.evopress_depth``. In the comments: the shipped script, for 8 billion parameters.
+
+    It draws from 131,072 calibration tokens.
+    """
 
     # share of the attentions, and of the MLPs, that is removed: a whole number of each
     sparsity: Annotated[float, Gt(0), Lt(1)]
