@@ -204,9 +204,9 @@ def test_decoded_matrices_are_kept_up_to_a_size_and_the_oldest_goes_first(
     decoded: list[str] = []
     original = _database._LayerFile.weight
 
-    def watched(file: Any, level: str) -> Tensor:
+    def watched(file: Any, level: str, where: Any) -> Tensor:
         decoded.append(f"{file.unit.name}{level}")
-        return original(file, level)
+        return original(file, level, where)
 
     monkeypatch.setattr(_database._LayerFile, "weight", watched)
     # room for two matrices of eight float32
