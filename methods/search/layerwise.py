@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -134,15 +134,23 @@ def inputs_and_outputs(
 def similarity(
     inputs: Iterable[Tensor], outputs: Iterable[Tensor], cosine: Literal["token", "mean"]
 ) -> float:
-    """Cosine of the hidden states [..,d] before and after a block, over all tokens of all sequences."""
-    import torch
+    """Cosine of the hidden states [..,d] before and after a block, over all tokens of all sequences.
+
+    Added up sequence by sequence, so that no more than one is held in float64.
+    """
     from torch.nn.functional import cosine_similarity
 
-    before = torch.cat([states.flatten(0, -2) for states in inputs]).double()
-    after = torch.cat([states.flatten(0, -2) for states in outputs]).double()
-    if cosine == "mean":
-        before, after = before.mean(dim=0, keepdim=True), after.mean(dim=0, keepdim=True)
-    return float(cosine_similarity(before, after, dim=-1).mean())
+    cosines, tokens = 0.0, 0
+    before: Any = 0.0
+    after: Any = 0.0
+    for entering, leaving in zip(inputs, outputs, strict=True):
+        one, other = entering.flatten(0, -2).double(), leaving.flatten(0, -2).double()
+        cosines += float(cosine_similarity(one, other, dim=-1).sum())
+        tokens += len(one)
+        before, after = before + one.sum(dim=0), after + other.sum(dim=0)
+    if cosine == "token":
+        return cosines / tokens
+    return float(cosine_similarity(before, after, dim=0))
 
 
 def block_weights(model: PreTrainedModel) -> Iterator[list[Tensor]]:
