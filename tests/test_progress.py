@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_the_old_state_and_is_a_sentence(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_flush", full)
+        patch.setattr(module, "flush", full)
         with pytest.raises(
             AssayError, match=r"the state of step 2 could not be saved .* No space left on device"
         ):
