@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from methods.architectures.cutting import Cut
+    from methods.data import Example
 
 REVISION = 1
 
@@ -120,18 +121,23 @@ class Calibration:
             )
         return self._chosen(shuffled[: bisect_left(ends, tokens) + 1])
 
-    def _shuffled(self, data: str, context_tokens: int) -> list[tuple[int, ...]]:
-        """The tokens of every sequence of the data set, in the order that the stage's seed gives."""
+    def shuffled(self, data: str, context_tokens: int, seed: int | str) -> list[Example]:
+        """Every sequence of a data set, cut to ``context_tokens``, in the order that a seed gives."""
         from methods.checkpoint import load_tokenizer
         from methods.data import Sampler, Style, encode
 
         folder = self.stage.parents["model"]
         rows = self.stage.data.rows(data)
         examples = encode(rows, load_tokenizer(folder), Style.read(folder), context_tokens)
+        order = Sampler(len(examples), seed).batch(0, len(examples)) if examples else ()
+        return [examples[index] for index in order]
+
+    def _shuffled(self, data: str, context_tokens: int) -> list[tuple[int, ...]]:
+        """The tokens of every sequence, in the order that the stage's seed gives."""
+        examples = self.shuffled(data, context_tokens, self.stage.seed)
         if not examples:
             raise AssayError(f"{self.stage.method}: the calibration data {data!r} has no sequences.")
-        order = Sampler(len(examples), self.stage.seed).batch(0, len(examples))
-        return [examples[index].input_ids for index in order]
+        return [example.input_ids for example in examples]
 
     def _chosen(self, sequences: list[tuple[int, ...]]) -> list[Tensor]:
         """The sequences as tensors [1,T]; how many they are is noted."""

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Lt
 
 from methods.prune._masks import check_budget, pattern_mask, smallest
+from methods.prune._structured import Part, parts, zero_units
 from methods.prune._walk import decoder_layers, linear_weights
 from methods.stage import AssayError, Claim
 
@@ -38,8 +39,16 @@ if TYPE_CHECKING:
     from methods.prune import Calibration
 
 SEEDED = False
-USES = ("methods.prune._masks", "methods.prune._walk", "methods.architectures", "methods.checkpoint")
+USES = (
+    "methods.prune._masks",
+    "methods.prune._structured",
+    "methods.prune._walk",
+    "methods.architectures",
+    "methods.checkpoint",
+)
 RESULT = "model"
+# The projections into a unit that count for its norm, beside the one out of it.
+SCORED = {"heads": ("q_proj",), "neurons": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,38 +142,20 @@ def mask(config: Config, weight: Tensor) -> Tensor:
 
 def prune_units(config: Config, model: PreTrainedModel) -> None:
     """Zero the weakest heads or neurons of every layer."""
-    from methods.architectures import require_llama
-
-    require_llama(model, f"prune.magnitude(structure={config.structure!r})")
     assert config.sparsity is not None  # checked by Config
-    for layer in decoder_layers(model):
-        matrices = head_matrices(layer) if config.structure == "heads" else neuron_matrices(layer)
-        zero_units(matrices, weakest(importance(matrices["scored"]), config.sparsity))
+    found = parts(model, "group", f"prune.magnitude(structure={config.structure!r})")
+    layers = decoder_layers(model)
+    for part in found:
+        if part.budget == config.structure:
+            scores = importance(scored_matrices(layers[part.block], part))
+            zero_units(layers[part.block], part, weakest(scores, config.sparsity))
 
 
-def head_matrices(layer: Any) -> dict[str, list[Tensor]]:
-    """A layer's attention weights by key-value group, each [groups, numbers of a group]; all are views."""
-    attention = layer.self_attn
-    groups = attention.k_proj.out_features // attention.head_dim
-    queries, keys, values = (
-        by_rows(part, groups) for part in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    output = [attention.o_proj.weight.unflatten(1, (groups, -1)).transpose(0, 1)]
-    return {"scored": queries[:1] + output, "zeroed": queries + keys + values + output}
-
-
-def neuron_matrices(layer: Any) -> dict[str, list[Tensor]]:
-    """A layer's MLP weights by neuron, each [neurons, numbers of a neuron]; all are views."""
-    neurons = layer.mlp.down_proj.in_features
-    gate, up = by_rows(layer.mlp.gate_proj, neurons), by_rows(layer.mlp.up_proj, neurons)
-    down = [layer.mlp.down_proj.weight.T]
-    return {"scored": gate[:1] + up[:1] + down, "zeroed": gate + up + down}
-
-
-def by_rows(linear: Any, units: int) -> list[Tensor]:
-    """Weight and, where there is one, bias of a projection whose outputs belong to units in order."""
-    parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
-    return [part.unflatten(0, (units, -1)) for part in parts]
+def scored_matrices(layer: Any, part: Part) -> list[Tensor]:
+    """The weights that a unit is judged by, each [units, numbers of a unit]; all are views."""
+    owner = layer.self_attn if part.budget == "heads" else layer.mlp
+    into = [getattr(owner, name).weight.unflatten(0, (part.count, -1)) for name in SCORED[part.budget]]
+    return [*into, part.linear.weight.unflatten(1, (part.count, -1)).transpose(0, 1)]
 
 
 def importance(matrices: list[Tensor]) -> Tensor:
@@ -178,9 +169,3 @@ def weakest(scores: Tensor, sparsity: float) -> Tensor:
     """Which of the units [units] go: round(count * sparsity) of them, but never all."""
     count = len(scores)
     return smallest(scores[None], min(round(count * sparsity), count - 1))[0]
-
-
-def zero_units(matrices: dict[str, list[Tensor]], removed: Tensor) -> None:
-    """Zero every weight of the removed units, in place."""
-    for part in matrices["zeroed"]:
-        part[removed] = 0.0

@@ -38,6 +38,16 @@ if TYPE_CHECKING:
     from methods.search._spaces import Space
 
 REVISION = 1
+# What every evolutionary search uses beside the family's own files.
+USES = (
+    "methods.architectures",
+    "methods.checkpoint",
+    "methods.data",
+    "methods.levels._database",
+    "methods.prune._walk",
+    "methods.search._assignment",
+    "methods.search._spaces",
+)
 # Of every evolutionary search at smoke scale, whose models have two blocks.
 SMOKE = {
     "generations": 1, "children": 2, "survivors": (1,), "tokens": (64,), "calibration_tokens": 256,
@@ -199,20 +209,15 @@ class Problem:
         return Sequences(examples, config.positions == "answers")
 
     def _drawn(self, data: str, tokens: int, context_tokens: int, seed: int | str) -> list[Example]:
-        from methods.checkpoint import load_tokenizer
-        from methods.data import Sampler, Style, encode
-
-        folder = self.stage.parents["model"]
-        tokenizer = load_tokenizer(folder)
-        examples = encode(self.stage.data.rows(data), tokenizer, Style.read(folder), context_tokens)
+        """Sequences that have exactly so many tokens, the last one cut; labels with them."""
+        examples = self.calibration.shuffled(data, context_tokens, seed)
         available = sum(len(example.input_ids) for example in examples)
         if available < tokens:
             raise AssayError(
                 f"{self.stage.method}: {tokens:,} tokens are asked for, but {data!r} has {available:,} in sequences of "
                 f"at most {context_tokens} tokens: ask for fewer, or name more data."
             )
-        order = Sampler(len(examples), seed).batch(0, len(examples))
-        return _cut([examples[index] for index in order], tokens)
+        return _cut(examples, tokens)
 
     # --- searching --------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ different children a parent has, so that asking for more of them than exist is a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,7 +108,7 @@ def validate(space: Space, parent: Candidate, child: Candidate) -> None:
         raise AssayError(f"a child is {distance} levels away from its parent, more than {space.furthest()}.")
 
 
-class Switching:
+class Switching(ABC):
     """What spaces share whose mutations are switches: one unit gives what another one takes."""
 
     names: tuple[str, ...]
@@ -116,12 +117,13 @@ class Switching:
     def keeps(self) -> bool:
         return True
 
+    @abstractmethod
     def switch(self, candidate: Candidate, random: Random) -> Candidate | None:
-        raise NotImplementedError
+        """One switch; None where this draw gives nothing legal."""
 
+    @abstractmethod
     def neighbours(self, candidate: Candidate) -> Iterator[Candidate]:
         """What one switch makes of a candidate."""
-        raise NotImplementedError
 
     def legal(self, candidate: Candidate) -> bool:
         """Whether the optional filters let the candidate pass."""

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Gt
 
-from methods.search import SMOKE, Evolution, refuse_few_tokens
+from methods.search import SMOKE, USES, Evolution, refuse_few_tokens
 from methods.stage import BitLevels, Claim
 
 if TYPE_CHECKING:
@@ -38,18 +38,9 @@ if TYPE_CHECKING:
 
 # The seed draws the calibration sequences, the children and the batches.
 SEEDED = True
-USES = (
-    "methods.architectures",
-    "methods.checkpoint",
-    "methods.data",
-    "methods.levels._database",
-    "methods.prune._walk",
-    "methods.search._assignment",
-    "methods.search._spaces",
-)
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
-__all__ = ["SMOKE", "Config", "search"]
+__all__ = ["SMOKE", "USES", "Config", "search"]
 
 
 @dataclass(frozen=True, kw_only=True)

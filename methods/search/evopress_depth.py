@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Gt, Lt
 
-from methods.search import SMOKE, Evolution, refuse_few_tokens
+from methods.search import SMOKE, USES, Evolution, refuse_few_tokens
 from methods.stage import Claim
 
 if TYPE_CHECKING:
@@ -34,17 +34,9 @@ if TYPE_CHECKING:
 
 # The seed draws the calibration sequences, the children and the batches.
 SEEDED = True
-USES = (
-    "methods.architectures",
-    "methods.checkpoint",
-    "methods.data",
-    "methods.prune._walk",
-    "methods.search._assignment",
-    "methods.search._spaces",
-)
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
-__all__ = ["SMOKE", "Config", "search"]
+__all__ = ["SMOKE", "USES", "Config", "search"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Gt
 
-from methods.search import SMOKE, Evolution
+from methods.search import SMOKE, USES, Evolution
 from methods.stage import Claim, StructureLevels
 
 if TYPE_CHECKING:
@@ -39,18 +39,9 @@ if TYPE_CHECKING:
 
 # The seed draws the calibration sequences, the children and the batches.
 SEEDED = True
-USES = (
-    "methods.architectures",
-    "methods.checkpoint",
-    "methods.data",
-    "methods.levels._database",
-    "methods.prune._walk",
-    "methods.search._assignment",
-    "methods.search._spaces",
-)
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
-__all__ = ["SMOKE", "Config", "search"]
+__all__ = ["SMOKE", "USES", "Config", "search"]
 
 
 @dataclass(frozen=True, kw_only=True)
