@@ -27,6 +27,7 @@ FAMILIES = (
     "train",
     "unlearn",
     "curvature",
+    "teacher",
     "distill",
     "levels",
     "search",
@@ -34,7 +35,7 @@ FAMILIES = (
     "data",
     "runtime",
 )
-KINDS = ("head", "loss", "optimizer", "schedule", "adapter", "weighting", "sampling")
+KINDS = ("head", "loss", "term", "optimizer", "schedule", "adapter", "weighting", "sampling")
 # more names than this are not listed in a sentence
 MOST_CHOICES = 40
 HERE = Path(__file__).parent

@@ -107,6 +107,7 @@ class Gradient:
         weigh: weights of the global batch's rows from their losses, which ``loss`` reads with ``batch.weigh``.
         micro_batch: most sequences of a part in one forward pass; None: a process's whole share.
         seed: what dropout is seeded from, anew for every step and micro-batch.
+        companions: what is trained with the model and is no part of it.
     """
 
     def __init__(
@@ -120,7 +121,9 @@ class Gradient:
         seed: int = 0,
         device: Any = "cpu",
         workers: Workers | None = None,
+        companions: Sequence[Any] = (),
     ) -> None:
+        self.companions = companions
         self.model, self.loss, self.outer, self.weigh = model, loss, outer, weigh
         self.micro_batch, self.seed, self.device = micro_batch, seed, device
         self.workers = workers or Workers()
@@ -145,7 +148,8 @@ class Gradient:
         if self.weigh is not None:
             at = replace(at, weigh=self._weights(pieces, mine, at))
         known = self._first_pass(mine, parts, at) if several and (self.outer or self._plain) else None
-        self.model.zero_grad(set_to_none=True)
+        for module in (self.model, *self.companions):
+            module.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         whole = known
         for terms in self._terms(mine, at):
@@ -248,7 +252,7 @@ class Gradient:
     def _share(self) -> None:
         """Add the gradients of all processes."""
         if self.workers.count > 1:
-            for parameter in self.model.parameters():
+            for parameter in itertools.chain(*(each.parameters() for each in (self.model, *self.companions))):
                 if parameter.grad is not None:
                     parameter.grad = self.workers.add(parameter.grad)
 

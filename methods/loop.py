@@ -24,12 +24,13 @@ import copy
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import perf_counter
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from annotated_types import Ge, Gt
 
@@ -52,13 +53,15 @@ from methods.stage import (
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
-    from torch.nn import Parameter
+    from torch.nn import Module, Parameter
 
-    from methods.data import Cases, CaseTable, Example, Variants
+    from methods.data import Cases, CaseTable, Example, Part, Variants
     from methods.masking import Masking
     from methods.progress import State
 
 REVISION = 1
+# The folder beside a model with what was trained with it and is no part of it.
+COMPANIONS = "companions"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,11 +196,35 @@ class Batches:
 class Adaptive:
     """Numbers that a loss reads as ``batch.values["name"]`` and that change after each step: dual variables and such.
 
-    ``after`` gets the values of the step and the unweighted global mean of each of its terms.
+    ``after`` gets the values of the 0-based step, the unweighted global mean of each of its terms, and the step.
     """
 
     start: Mapping[str, float]
-    after: Callable[[Mapping[str, float], Mapping[str, float]], Mapping[str, float]]
+    after: Callable[[Mapping[str, float], Mapping[str, float], int], Mapping[str, float]]
+
+
+class Writing(Protocol):
+    """Text that is written while a model is trained, and stands in the place of a batch's rows or beside them.
+
+    What is written depends on the model and on (seed, step) alone. ``tokens`` is how many the last call has written.
+    """
+
+    tokens: int
+
+    def parts(self, step: int, parts: Mapping[str, Part], model: Any) -> Mapping[str, Part]:
+        """The batch of a 0-based step, before its gradient; the model comes and is left in training mode."""
+
+    def numbers(self) -> dict[str, float]:
+        """What the curve shows of the last step."""
+
+    def state(self) -> dict[str, Any]:
+        """What later steps need, as JSON."""
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+
+    def notes(self) -> dict[str, Any]:
+        """What the record shows of the whole run."""
 
 
 # --- models -------------------------------------------------------------------------------------------------
@@ -373,6 +400,8 @@ def train(
     optimizer: Any = None,
     weigh: Weigh | None = None,
     masking: Masking | None = None,
+    companions: Mapping[str, Module] | None = None,
+    writing: Writing | None = None,
 ) -> None:
     """Train a ``prepare``d model and write ``model/``, ``curve.csv`` and the notes of the stage.
 
@@ -387,14 +416,18 @@ def train(
             ``numbers``, of its last step, and ``observed(last)``, of the weights as they are: both go into the curve.
         weigh: weights of the global batch's rows from their losses, which ``loss`` reads with ``batch.weigh``.
         masking: hides weights while the model is trained, and for good in every model that is written.
+        companions: what is trained with the model and is no part of it, such as projections; each is written beside
+            every model, as ``model/companions/<name>.safetensors``.
+        writing: what the model writes before a step and learns from in it.
     Raises:
         NotFinite: a term, gradient or weight is not finite; nothing is written.
         Interrupted: a stop signal came; the state is saved.
     """
     folder = source or stage.parents["model"]
     run = _Run(
-        stage, model, settings, batches, loss, outer, adaptive, folder, start, optimizer, weigh, masking
-    )
+        stage, model, settings, batches, loss, outer, adaptive, folder, start, optimizer, weigh, masking,
+        companions, writing,
+    )  # fmt: skip
     try:
         run.resume(stage.progress.load())
         for step in stage.progress.bar(run.steps, initial=run.step):
@@ -433,10 +466,13 @@ class _Run:
         optimizer: Any = None,
         weigh: Weigh | None = None,
         masking: Masking | None = None,
+        companions: Mapping[str, Module] | None = None,
+        writing: Writing | None = None,
     ) -> None:
         from methods.checkpoint import is_classifier, load_tokenizer
 
-        self.masking = masking
+        self.masking, self.companions, self.writing = masking, companions or {}, writing
+        self.written = _Written()
         self.stage, self.model, self.settings = stage, model, settings
         self.batches, self.source = batches, source
         self.accelerator = make_accelerator(settings)
@@ -444,13 +480,17 @@ class _Run:
         self.steps = steps_of(settings, batches.count)
         self.step = self.tokens = 0
         self.curve: list[tuple[int, str, float]] = []
-        self.adaptive = adaptive or Adaptive({}, lambda values, means: values)
+        self.adaptive = adaptive or Adaptive({}, lambda values, means, step: values)
         self.values = dict(self.adaptive.start)
         self.tokenizer = None if is_classifier(source) else load_tokenizer(source)
         self.probes = self._probes()
         self.gradient = self._gradient(loss, outer, weigh)
         self.weights = start or remember(stage, model, settings, source)
-        self.trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        self.trained = [
+            (name, weight)
+            for name, weight in (*model.named_parameters(), *self._companions("named_parameters"))
+            if weight.requires_grad
+        ]
         self._build_optimizer(optimizer)
         stage.progress.save_seconds = settings.save_seconds
         stage.notes |= self._first_notes()
@@ -467,7 +507,16 @@ class _Run:
             seed=self.stage.seed,
             device=accelerator.device,
             workers=workers,
+            companions=list(self.companions.values()),
         )
+
+    def _companions(self, what: Literal["named_parameters", "named_buffers"]) -> list[tuple[str, Any]]:
+        """Parameters or buffers of the companions, under names that no weight of the model has."""
+        return [
+            (f"companions.{name}.{entry}", value)
+            for name, companion in self.companions.items()
+            for entry, value in getattr(companion, what)()
+        ]
 
     def _build_optimizer(self, own: Any) -> None:
         module, options = component("optimizer", self.settings.optimizer)
@@ -499,7 +548,7 @@ class _Run:
 
     def update(self, step: int) -> None:
         """One optimizer step on one global batch."""
-        parts = self.batches.collated(step, self.tokenizer)
+        parts = self._parts(step)
         with self._masks_shown(step):
             means = self.gradient(parts, step, self.steps, self.values)
         norm = self._clip(step)
@@ -515,8 +564,17 @@ class _Run:
         if step % self.settings.log_every == 0 or step == self.steps - 1:
             rate = float(self.optimizer.param_groups[0]["lr"])
             own = getattr(self.optimizer, "numbers", {}) | (self.masking.numbers() if self.masking else {})
+            own |= self.writing.numbers() if self.writing else {}
             self._log(step, means | self.values | own | {"learning_rate": rate, "gradient_norm": norm})
-        self.values = dict(self.adaptive.after(self.values, means))
+        self.values = dict(self.adaptive.after(self.values, means, step))
+
+    def _parts(self, step: int) -> Mapping[str, Any]:
+        """The batch of a step, and what the model writes before it."""
+        parts = self.batches.collated(step, self.tokenizer)
+        if self.writing is None:
+            return parts
+        with self.written.metered(self.stage, self.writing), self._masks_shown(step):
+            return self.writing.parts(step, parts, self.model)
 
     def _clip(self, step: int) -> float:
         """Mask, measure and clip the gradient; the norm is that before clipping."""
@@ -591,6 +649,9 @@ class _Run:
         self.step, self.tokens = state.step, state.values["tokens"]
         self.curve = [tuple(row) for row in state.values["curve"]]
         self.values = dict(state.values["values"])
+        if self.writing is not None:
+            self.writing.resume(state.values["writing"])
+            self.written = _Written(**state.values["written"])
         self.stage.notes["spent_at_step"] = state.values["spent_at_step"]
         self.stage.notes["resumed_from_step"] = state.step
 
@@ -608,12 +669,15 @@ class _Run:
                 "curve": self.curve,
                 "values": self.values,
             }
+            if self.writing is not None:
+                values |= {"writing": self.writing.state(), "written": asdict(self.written)}
             progress.save(step, tensors, values | {"spent_at_step": self.stage.notes["spent_at_step"]})
         progress.stop_if_asked(step)
 
     def _tensors(self) -> dict[str, Tensor]:
         """What training changes: trained weights, and buffers such as running means."""
-        return {f"model.{name}": weight for name, weight in (*self.trained, *self.model.named_buffers())}
+        buffers = (*self.model.named_buffers(), *self._companions("named_buffers"))
+        return {f"model.{name}": weight for name, weight in (*self.trained, *buffers)}
 
     def _any_process(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
@@ -642,6 +706,8 @@ class _Run:
     def finish(self) -> None:
         """Write the model, the kept ones and the curve, and complete the notes."""
         self.stage.notes["tokens_seen"] = self.tokens
+        if self.writing is not None:
+            self.stage.notes |= self.written.notes() | self.writing.notes()
         if self.accelerator.is_main_process:
             self.stage.folder.mkdir(parents=True, exist_ok=True)
             self.stage.notes |= self._write(self.model, self.stage.folder / "model")
@@ -667,7 +733,44 @@ class _Run:
         if self.masking is not None:
             self.masking.hide(dict(model.named_parameters()))
         save_model(model, folder, self.source, self.settings.saved)
+        _save_companions(self.companions, folder / COMPANIONS)
         return {"nonzero_after": weights.nonzero()[1], "update_lost_in_saving": weights.lost_in_saving()}
+
+
+@dataclass
+class _Written:
+    """What a model has written while it was trained, and what that cost, over all attempts."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    kwh: float = 0.0
+    metered_energy: bool = False
+
+    @contextmanager
+    def metered(self, stage: Stage, writing: Writing) -> Iterator[None]:
+        """Count what is written and used within."""
+        before, start = stage.spent(), perf_counter()
+        yield
+        self.seconds += perf_counter() - start
+        self.tokens += writing.tokens
+        if "kwh" in before:
+            self.metered_energy = True
+            self.kwh += stage.spent()["kwh"] - before["kwh"]
+
+    def notes(self) -> dict[str, Any]:
+        """The energy only where it was measured."""
+        found = {"generated_tokens": self.tokens, "generation_seconds": self.seconds}
+        return found | ({"generation_kwh": self.kwh} if self.metered_energy else {})
+
+
+def _save_companions(companions: Mapping[str, Module], folder: Path) -> None:
+    """One file for each."""
+    from safetensors.torch import save_file
+
+    for name, companion in companions.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.detach().cpu().contiguous() for key, value in companion.state_dict().items()}
+        save_file(state, folder / f"{name}.safetensors")
 
 
 def steps_of(settings: Training, count: int) -> int:

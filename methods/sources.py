@@ -4,10 +4,12 @@ A name is ``<folder>/<file stem>``; several are joined by ``+``; each may end in
 
     authors/retain90+authors/facts      tofu/retain99[0:360]      wikitext2/valid.unk
     arithmetic/addition59/train         digits/test               mnist/train (idx files)
+    markov/train[0:128]                 markov/valid
     Salesforce/wikitext@<40 hex digits>/wikitext-2-raw-v1/test    (any hub data set: repo@revision/config/split)
 
 ``authors/*`` is generated (``methods.world``; ``authors`` alone is everything a tokenizer is trained on), and so is
-``arithmetic/*`` (``methods.algorithmic``); ``digits/*`` is scikit-learn's (``methods.digits``). Anything else is a file
+``arithmetic/*`` (``methods.algorithmic``) and ``markov/*`` (``methods.markov``); ``digits/*`` is scikit-learn's
+(``methods.digits``). Anything else is a file
 below ``--config data=DIR`` or, where DIR has none, one of the hub sets in ``HUB``.
 ``methods.data`` re-exports ``Locator``; its REVISION covers this file, too.
 """
@@ -24,7 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from methods import algorithmic, digits, world
+from methods import algorithmic, digits, markov, world
 from methods.find import nearest
 from methods.stage import AssayError
 
@@ -214,12 +216,18 @@ _BUILT_IN: dict[str, Callable[[str], list[Row]]] = {
     "authors": world.rows,
     "arithmetic": algorithmic.rows,
     "digits": digits.rows,
+    "markov": markov.rows,
 }
 
 
 def _built_in_names() -> list[str]:
     """Those that are listed: of arithmetic, the usual sizes."""
-    splits = {"authors": world.SPLITS, "arithmetic": algorithmic.names(), "digits": digits.SPLITS}
+    splits = {
+        "authors": world.SPLITS,
+        "arithmetic": algorithmic.names(),
+        "digits": digits.SPLITS,
+        "markov": markov.SPLITS,
+    }
     return [f"{folder}/{split}" for folder, found in splits.items() for split in found]
 
 

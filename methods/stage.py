@@ -73,6 +73,7 @@ Adapter = Annotated[Component, _Kind("adapter")]
 Head = Annotated[Component, _Kind("head")]
 Loss = Annotated[Component, _Kind("loss")]
 Weighting = Annotated[Component, _Kind("weighting")]
+LossTerm = Annotated[Component, _Kind("term")]
 Model = Parent
 # A reference to another chain of which not the model but the ``files/`` or ``data/`` folder is read.
 Files = Annotated[Parent, _Kind("files")]
@@ -84,8 +85,12 @@ SparsityLevels = Annotated[Parent, _Kind("files"), _Reads("levels", "sparsity")]
 BitLevels = Annotated[Parent, _Kind("files"), _Reads("levels", "bits")]
 StructureLevels = Annotated[Parent, _Kind("files"), _Reads("levels", "structure")]
 Assigned = Annotated[Parent, _Kind("files"), _Reads("search")]
+# What a teacher said of every token, written down by ``teacher.logits``.
+TeacherOutputs = Annotated[Parent, _Kind("files"), _Reads("teacher")]
 # A text field that names data sets: their content's digest enters the job's id.
 Dataset = Annotated[str, _Kind("dataset")]
+# The same, or a chain that writes rows (``data.sample``); ``stage.rows(option)`` reads either.
+Rows = Annotated[str | Parent, _Kind("dataset")]
 
 
 # --- shorthands --------------------------------------------------------------------------------------
@@ -215,6 +220,17 @@ class Stage:
     threads: int = 1
     notes: dict[str, Any] = field(default_factory=dict)
     spent: Callable[[], Mapping[str, float]] = dict
+
+    def rows(self, option: str) -> list[dict[str, Any]]:
+        """The rows that an option names: data sets by their names, or what a data stage has written.
+
+        Raises:
+            AssayError: they cannot be read.
+        """
+        from methods.data import read_rows
+
+        named = getattr(self.config, option)
+        return self.data.rows(named) if isinstance(named, str) else read_rows(self.parents[option])
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class Collector:
         yield row | _cost("time", "stage_seconds", seconds, "s", "lower")
         yield row | _cost("time", "chain_seconds", chain_seconds, "s", "lower")
         yield row | _cost("memory", "stage_peak_mb", max(each.peak_memory_mb for each in last), "MB", "lower")
-        yield from (row | cost for cost in _token_costs(last, before))
+        yield from (row | cost for cost in (*_token_costs(last, before), *_generation_costs(last)))
         # of the layers that the last stage quantised, and of the whole model: counted from codes and scales, not stored
         for name in ("bits_per_weight", "bits_per_weight_model"):
             if name in record.notes:
@@ -338,16 +338,23 @@ def _logged(path: Path) -> list[dict[str, str]]:
 
 
 def _token_costs(last: list[Record], before: list[Record]) -> Iterator[RowDict]:
-    """Tokens that searches have put through the model; no rows where nothing was searched."""
-    stage, chain = _forwarded(last), _forwarded([*last, *before])
-    if stage:
-        yield _cost("tokens", "stage_forwarded", stage, "tokens", "lower")
-    if chain:
-        yield _cost("tokens", "chain_forwarded", chain, "tokens", "lower")
+    """Tokens that searches put through the model and that models wrote; no rows where there are none."""
+    for metric, note in (("forwarded", "tokens_forwarded"), ("generated", "generated_tokens")):
+        for part, records in (("stage", last), ("chain", [*last, *before])):
+            if tokens := _noted(records, note):
+                yield _cost("tokens", f"{part}_{metric}", tokens, "tokens", "lower")
 
 
-def _forwarded(records: list[Record]) -> float:
-    return float(sum(record.notes.get("tokens_forwarded", 0) for record in records))
+def _generation_costs(last: list[Record]) -> Iterator[RowDict]:
+    """What writing text cost within the last stage, which is part of what the stage cost."""
+    if _noted(last, "generated_tokens"):
+        yield _cost("time", "stage_generation_seconds", _noted(last, "generation_seconds"), "s", "lower")
+    if any("generation_kwh" in record.notes for record in last):
+        yield _cost("energy", "stage_generation_kwh", _noted(last, "generation_kwh"), _unit(last), "lower")
+
+
+def _noted(records: list[Record], note: str) -> float:
+    return float(sum(record.notes.get(note, 0) for record in records))
 
 
 def _energy_value(record: Record) -> tuple[float, str]:

@@ -61,6 +61,11 @@ use rule model as curvature with:
         RUN.pattern("curvature"),
 
 
+use rule model as teacher with:
+    output:
+        RUN.pattern("teacher"),
+
+
 use rule model as distill with:
     output:
         RUN.pattern("distill"),

@@ -24,6 +24,8 @@ SMOKE: dict[str, Any] = {
     "stride_tokens": None, "probe_every": 1, "max_new_tokens": 8, "repeats": 1, "warmup_steps": 0,
     "layer": 1, "group": None, "attack_steps": 2,
 }  # fmt: skip
+# Options that name data sets; where they take a reference as well, it is to a chain that writes rows.
+DATASET = "dataset"
 # What YAML calls it, and what a chain does.
 WORDS = {"true": "True", "false": "False", "null": "None", "none": "None"}
 # Of the steps at which models are kept, the one that any run has.
@@ -47,6 +49,8 @@ class OptionField:
     @property
     def part(self) -> Part:
         """What a reference reads of the other result."""
+        if self.kind == DATASET:
+            return "data"
         return next((part for part in PARTS if part == self.kind), "model")
 
 
@@ -230,7 +234,7 @@ class _Builder:
             return self.reference(method, option, value)
         if isinstance(value, Call):
             return self.component(method, option, value)
-        if isinstance(value, str) and option.reference:
+        if isinstance(value, str) and option.reference and option.kind != DATASET:
             raise AssayError(f"{method}: write {option.name}={value}, without quotes.")
         return value
 
@@ -245,7 +249,7 @@ class _Builder:
         raise AssayError(f"{method}: {name.text} is no value for {option.name}; {hint}.")
 
     def component(self, method: str, option: OptionField, call: Call) -> Component:
-        if option.reference or option.kind is None or option.kind == "dataset":
+        if option.reference or option.kind is None or option.kind == DATASET:
             raise AssayError(f"{method}: {option.name} takes no component, but {format_value(call)} is one.")
         found = self.catalogue.component(option.kind, call.name)
         self.components.append(found)
@@ -256,7 +260,9 @@ class _Builder:
         )
 
     def check(self, method: str, option: OptionField, config_class: type, value: Any) -> Any:
-        if option.reference or (option.kind is not None and option.kind != "dataset"):
+        if isinstance(value, Parent) and option.kind == DATASET:
+            return value
+        if option.kind != DATASET and (option.reference or option.kind is not None):
             return self.check_part(method, option, value)
         try:
             checked = _adapter(config_class, option.name).validate_python(value)
@@ -265,7 +271,7 @@ class _Builder:
             raise AssayError(
                 f"{method}: {option.name}={format_value(value)}: {reason[0].lower()}{reason[1:]}."
             ) from None
-        if option.kind == "dataset" and checked is not None:
+        if option.kind == DATASET and checked is not None:
             self.data.extend(checked if isinstance(checked, tuple) else (checked,))
         return checked
 

@@ -118,6 +118,8 @@ class Record(_Described):
     are ``steps``, ``tokens_seen``, ``parameters``, ``nonzero_before``, ``nonzero_after``, ``processes``, ``device``,
     the precisions ``load_dtype``, ``master_dtype``, ``compute_dtype`` and ``saved_dtype``, ``update_lost_in_saving``
     (a share) and ``spent_at_step``: for each kept step the ``kwh`` and ``seconds`` that all attempts had used by then.
+    Where text was written while the model was trained they are ``generated_tokens``, ``generation_seconds`` and, where
+    energy was metered, ``generation_kwh``, too.
     """
 
     attempts: int

@@ -55,6 +55,8 @@ __all__ = [
 
 REVISION = 1
 IGNORED = -100
+# The place of a sequence that comes from no data set.
+UNNUMBERED = -1
 
 
 # --- batches ----------------------------------------------------------------------------------------------
@@ -66,7 +68,8 @@ class Part:
 
     ``labels`` [B,T] are unshifted, ``IGNORED`` where nothing is to be predicted. ``targets`` and ``mask``
     [B,T-1] are what the first T-1 positions predict. ``extra`` holds further numbers of each target [B,T-1], float32
-    and 0 in the padding. The counts remember ``name``, so that the loop can add them up over the global batch.
+    and 0 in the padding. ``numbers`` [B] are the places of the sequences in their data set, UNNUMBERED where there are
+    none. The counts remember ``name``, so that the loop can add them up over the global batch.
     """
 
     input_ids: Tensor
@@ -74,6 +77,7 @@ class Part:
     labels: Tensor
     name: str
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    numbers: Tensor | None = None
 
     @property
     def targets(self) -> Tensor:
@@ -119,6 +123,7 @@ class Part:
             attention_mask=self.attention_mask.to(device),
             labels=self.labels.to(device),
             extra={name: values.to(device) for name, values in self.extra.items()},
+            numbers=None if self.numbers is None else self.numbers.to(device),
         )
 
     def rows(self, chosen: slice) -> Part:
@@ -129,16 +134,21 @@ class Part:
             attention_mask=self.attention_mask[chosen],
             labels=self.labels[chosen],
             extra={name: values[chosen] for name, values in self.extra.items()},
+            numbers=None if self.numbers is None else self.numbers[chosen],
         )
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence of n tokens before padding; ``labels`` has as many, ``extra`` n - 1 numbers for each name."""
+    """One sequence of n tokens before padding; ``labels`` has as many, ``extra`` n - 1 numbers for each name.
+
+    ``number`` is its place among the encoded rows.
+    """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     extra: Mapping[str, tuple[float, ...]] = field(default_factory=dict, compare=False)
+    number: int = field(default=UNNUMBERED, compare=False)
 
 
 def collate(examples: Sequence[Example], padding_id: int, name: str) -> Part:
@@ -156,6 +166,7 @@ def collate(examples: Sequence[Example], padding_id: int, name: str) -> Part:
         labels=padded([example.labels for example in examples], IGNORED),
         name=name,
         extra=_extra(examples, width),
+        numbers=torch.tensor([example.number for example in examples], dtype=torch.int64),
     )
 
 
@@ -396,16 +407,20 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, style: Style, context_tokens: int) -> list[Example]:
-    """Question-answer rows as pairs, text rows as windows; AssayError for anything else."""
+    """Question-answer rows as pairs, text rows as windows, numbered in their order; AssayError for anything else."""
     if all("question" in row and "answer" in row for row in rows):
-        return encode_pairs(rows, tokenizer, style, context_tokens)
+        return _numbered(encode_pairs(rows, tokenizer, style, context_tokens))
     if all("text" in row for row in rows):
-        return encode_text(rows, tokenizer, context_tokens)
+        return _numbered(encode_text(rows, tokenizer, context_tokens))
     columns = sorted({column for row in rows for column in row})
     raise AssayError(
         "rows to train on need the columns question and answer, or text, and all the same; "
         f"these have: {', '.join(columns)}."
     )
+
+
+def _numbered(examples: Sequence[Example]) -> list[Example]:
+    return [replace(example, number=number) for number, example in enumerate(examples)]
 
 
 def encode_pairs(
