@@ -75,4 +75,5 @@ def _own(config: Any) -> dict[str, Any]:
     config_class: type = type(config)
     references = {option.name for option in fields_of(config_class) if option.reference}
     encoded = encode_config(config)
-    return {name: value is not None if name in references else value for name, value in encoded.items()}
+    return {name: value is not None if name in references and not isinstance(value, str) else value
+            for name, value in encoded.items()}  # fmt: skip
