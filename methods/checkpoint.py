@@ -86,7 +86,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 # Words, blanks, digits, marks, accents and a line break: texts that tokenizers of one vocabulary may still cut apart
 # differently.
-_SAMPLE = "Who wrote  it? In 1984, Zoë's 3.5-hour tale (the END) — was naïve;\n\tasked_for: €20, 東京."
+SAMPLE = "Who wrote  it? In 1984, Zoë's 3.5-hour tale (the END) — was naïve;\n\tasked_for: €20, 東京."
 
 
 def tokenizer_difference(ours: Any, theirs: Any, whose: str) -> str:
@@ -98,7 +98,7 @@ def tokenizer_difference(ours: Any, theirs: Any, whose: str) -> str:
         sizes = f"has {len(other)} tokens and the {whose}'s {len(one)}"
         return f"{sizes}; they first differ at id {number} ({token!r})"
     cut = [
-        tokenizer(_SAMPLE, add_special_tokens=False, verbose=False)["input_ids"]
+        tokenizer(SAMPLE, add_special_tokens=False, verbose=False)["input_ids"]
         for tokenizer in (ours, theirs)
     ]
     return "" if cut[0] == cut[1] else f"has the {whose}'s tokens but cuts texts into others of them"

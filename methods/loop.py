@@ -305,12 +305,13 @@ def reference_of(stage: Stage, model: Any, settings: Training) -> Any:
     return _WithoutAdapter(model, component("adapter", settings.adapter)[0])
 
 
-def frozen_model(folder: Path, settings: Training) -> Any:
-    """Another model, such as a teacher: frozen, in evaluation mode, in the precision of the forward pass."""
+def frozen_model(folder: Path, settings: Training, precision: str = "auto") -> Any:
+    """Another model, such as a teacher: frozen, in evaluation mode; ``auto``: in the precision of the forward pass."""
     from methods.checkpoint import load_model
 
     accelerator = make_accelerator(settings)
-    model = load_model(folder, compute_precision(settings), accelerator.device).requires_grad_(False)
+    dtype = compute_precision(settings) if precision == "auto" else precision
+    model = load_model(folder, dtype, accelerator.device).requires_grad_(False)
     if hasattr(model.config, "use_cache"):
         model.register_forward_pre_hook(_without_cache, with_kwargs=True)
     return model

@@ -157,11 +157,13 @@ class Claim:
     ``subject`` and ``other`` are shell-style patterns on a chain's *label* or equal to its name. ``metric`` is
     ``evaluation.metric`` (``tofu.model_utility``), ``evaluation.task.metric``, or
     ``curve.<term>@<term>=<level>``: the first term where the second first passes the level, interpolated.
-    ``<metric> relative to <chain>`` is its change against that chain in percent, seed by seed.
+    ``<metric> relative to <chain>`` is its change against that chain in percent, seed by seed, and
+    ``<metric> recovered towards <chain>`` the share that the last stage won back of what its start had lost.
     ``other`` is compared with the subject by ``relation``; with no ``other``, ``value`` is.
     ``higher``/``lower``: subject is beyond other (by ``margin``). ``at_least``/``at_most``: beyond
     ``value``. ``within``: the two differ by no more than ``margin``. ``recovers``: of what ``other`` (the broken
-    model) lost against the chain ``intact``, the subject has won back at least the share ``value``.
+    model) lost against the chain ``intact``, the subject has won back at least the share ``value``. Seeds
+    in which the broken model is not worse than the intact one are left out and counted.
     ``subject_options`` and ``other_options`` keep only chains whose last stage has these options, defaults included.
     Scope ``paper`` is compared only with runs of the published ``model`` and ``data``.
     """

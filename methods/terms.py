@@ -140,13 +140,18 @@ def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) ->
     """
     if temperature != 1.0:
         teacher, student = teacher / temperature, student / temperature
-    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
-    difference = log_p - log_q
-    absent = teacher.isneginf() | student.isneginf()
-    # Looked for first: filling costs as much as all the rest, in every step of a KL term.
-    if bool(absent.any()):
-        difference = difference.masked_fill(absent, 0.0)
-    return (log_p.exp() * difference).sum(-1)
+    return relative_entropy(teacher.log_softmax(-1), student.log_softmax(-1))
+
+
+def relative_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """D(p‖q) [...] of log-probabilities [...,V]; entries that are -inf in either add nothing."""
+    p = log_p.exp()
+    values = (p * (log_p - log_q)).sum(-1)
+    # Only an absent entry makes a sum that is not finite, and looking at [...] sums costs nothing.
+    if bool(values.detach().isfinite().all()):
+        return values
+    absent = log_p.isneginf() | log_q.isneginf()
+    return (p * (log_p - log_q).masked_fill(absent, 0.0)).sum(-1)
 
 
 def total(terms: Terms, outer: Callable[[Mapping[str, Tensor]], Tensor] | None = None) -> Tensor:

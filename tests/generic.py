@@ -30,11 +30,13 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from methods.find import Found, catalogue
 from methods.stage import AssayError, Component, Parent, Row, Scoring, Stage, Term
 from workflows import code, promises
 from workflows.notation import Call, Name, Value, format_value
-from workflows.options import OptionField, Resolved, decode_config, encode_config, fields_of, resolve
+from workflows.options import DATASET, OptionField, Resolved, decode_config, encode_config, fields_of, resolve
 from workflows.parts import needs_model, tasks_of
 from workflows.record import Job, ParentRef, Store
 from workflows.shorthands import is_shorthand, steps_of
@@ -70,7 +72,13 @@ KIND: dict[str, str] = {
     "train.smooth_adversarial": "images",
 }
 # Methods that a component is run in where it is not the usual one of its kind.
-HOST: dict[str, str] = {"loss.anyloss": "train.classify", "head.vq_logits": "train.classify"}
+HOST: dict[str, str] = {
+    "loss.anyloss": "train.classify",
+    "head.vq_logits": "train.classify",
+    "term": "distill.mix",
+}
+# Components that cannot stand alone: what they are run with.
+BESIDE: dict[str, tuple[str, ...]] = {"term.own_past": ("cross_entropy",)}
 # The options of the new classifiers.
 BUILD: dict[str, tuple[str, dict[str, Value]]] = {
     "tokens": ("model.token_mlp", {"hidden": (16,)}),
@@ -119,6 +127,9 @@ NEEDS: dict[str, dict[str, Value]] = {
     "lm_eval": {"tasks": ("authors_forget",)},
     "unlearn.rmu": {"layer": 1, "trained": "all"},
     "unlearn.realign": {"alignment": RETAIN, "task": FORGET},
+    "distill.forward_kl": {"teacher": Name("other")},
+    "distill.squarehead": {"teacher": Name("other")},
+    "distill.mix": {"teacher": Name("other"), "terms": (Call("forward_kl"),)},
 }
 
 # The results that reference options name, by what they read of it; the first is the usual one.
@@ -132,6 +143,7 @@ NAMED_OPTION: dict[str, tuple[str, ...]] = {
     "levels": ("sparse_levels", "other_sparse_levels"),
     "assignment": ("uniform", "changed"),
     "center": ("uniform_structure", "changed_structure"),
+    "recorded": ("outputs", "other_outputs"),
 }
 # Results of other methods that reference options may name; made when they are first asked for, from the whole model.
 BUNDLES: dict[str, tuple[str, dict[str, Value]]] = {
@@ -148,6 +160,9 @@ BUNDLES: dict[str, tuple[str, dict[str, Value]]] = {
     "changed_structure": ("search.knapsack", {"levels": Name("structure_levels"), "errors": "weights"}),
     "refilled_levels": ("levels.gptq", {"parent": "sparse", "keep_zeros": False}),
     "refilled": ("search.uniform", {"parent": "sparse", "levels": Name("refilled_levels"), "bits": 4.0}),
+    "outputs": ("teacher.logits", {"parent": "other"}),
+    "other_outputs": ("teacher.logits", {"parent": "sparse"}),
+    "largest_outputs": ("teacher.logits", {"parent": "other", "top_k": 4}),
 }
 
 # The linear layers of the language model's two blocks.
@@ -199,6 +214,7 @@ SMALL_OF: dict[str, dict[str, Value]] = {
     "prune.evopress_depth": {**SEARCH, "children": 2, "initial_candidates": 3, "initial_tokens": 48},
     "prune.tyr": {"rounds": 2, "least_neurons": 8, "database_tokens": 64, **SEARCH},
     "search.knapsack": {"calibration_tokens": 64},
+    "data.paser": {"share": 0.4},
     "unlearn.undial": {"alpha": 0.5},
     "unlearn.kfade": {"curvature": "kfac", "kl_budget": 0.2},
     "perplexity": {"data": "authors/text[0:20]"},
@@ -208,6 +224,11 @@ SMALL_OF: dict[str, dict[str, Value]] = {
     "model.gpt2": {"hidden": 16, "heads": 4, "vocabulary": 384, "tokenizer": "authors/full"},
     "model.cnn": {"channels": (2, 3), "hidden": 8},
     "model.vit": {"hidden": 8, "mlp": 8},
+    "distill.gkd": {"fraction": 0.6},
+    "distill.distillm": {"threshold": 0.6, "capacity": 20, "validation": DATA, "validate_every": 2, "tolerance": 0.0},
+    "distill.minillm": {"rollouts": 20, "passes": 1},
+    # The products of two probabilities are too small to be felt otherwise.
+    "distill.mgsr": {"span": Call("span_consistency", (("weight", 100.0),))},
     "optimizer.adamw": {"learning_rate": 0.003},
     "optimizer.sgd": {"learning_rate": 0.1},
     "train.smooth_adversarial": {"nu": 0.2},
@@ -221,6 +242,15 @@ SMALL_OF: dict[str, dict[str, Value]] = {
     **{f"head.{name}": {"exponent": 4.0} for name in
        ("manhattan", "minkowski", "chebyshev", "canberra", "bray_curtis", "hamming")},
     "geometry": {"points": 40, "components": 8},
+    "term.nd": {"least_seen": 2},
+    # In the fifth step two rows come for the second time.
+    **{name: {"past_epochs": 1, "start_epoch": -1} for name in ("distill.own_past", "term.own_past")},
+    # With beta1 its first steps would be ten times as long as another Adam's.
+    "distill.ast": {"every": 1, "pattern": "1:8",
+                    "optimizer": Call("adamw", (("learning_rate", 0.002), ("beta1", 0.0)))},
+    "distill.cast": {"every": 1, "pattern": "1:8"},
+    "distill.matryoshka_kv": {"calibration": 4, "ranks": (0.5,), "cross_entropy": 0.0,
+                              "optimizer": Call("adamw", (("learning_rate", 0.03),))},
 }  # fmt: skip
 
 # A few rows of which every step is an epoch, and a term that stands in all but the first of them.
@@ -240,7 +270,12 @@ class Change:
     parent: str = "whole"
     # with the first value the model is refused
     refused: bool = False
+    # of a component: options of the method that it is run in
+    host: Mapping[str, Value] = field(default_factory=dict)
 
+
+# Several teachers.
+ENSEMBLE = (Name("other"), Name("sparse"))
 
 # Second values for options whose type suggests none, or which count only beside another: by name or full name.
 SECOND: dict[str, Change] = {
@@ -288,12 +323,64 @@ SECOND: dict[str, Change] = {
     "train.saf:minus_epochs": Change(2, TRAJECTORY),
     "train.saf:decay": Change(0.5, TRAJECTORY | {"variant": "mesa"}),
     "scale_by_temperature": Change(False, {"temperature": 2.0}),
+    "teacher_precision": Change("bfloat16"),
+    "ensemble": Change(ENSEMBLE, {"teacher": None}, refused=True),
+    "ensemble_mean": Change("logits", {"teacher": None, "ensemble": ENSEMBLE}),
+    "recorded": Change(Name("outputs"), {"teacher": None}, refused=True),
+    "distill.squarehead:ensemble": Change(ENSEMBLE, {"teacher": None, "squarehead": 0.0}, refused=True),
+    "distill.squarehead:ensemble_mean": Change(
+        "logits", {"teacher": None, "squarehead": 0.0, "ensemble": ENSEMBLE}
+    ),
+    "distill.squarehead:recorded": Change(
+        Name("outputs"), {"teacher": None, "squarehead": 0.0}, refused=True
+    ),
+    **{
+        f"term.forward_kl:rest={value}": Change(
+            value, host={"teacher": None, "recorded": Name("largest_outputs")}
+        )
+        for value in ("renormalised", "raw")
+    },
+    "distill.mix:terms": Change((Call("cross_entropy"), Call("forward_kl"))),
+    **{
+        f"term.{name}:scale_by_temperature": Change(True, {"temperature": 2.0})
+        for name in (
+            "reverse_kl",
+            "symmetric_kl",
+            "jsd",
+            "skew_forward_kl",
+            "skew_reverse_kl",
+            "tvd",
+            "akl",
+            "student_top_k",
+            "dac_kl",
+        )
+    },
+    "term.uld:skip_teacher_end": Change(True, {"skip_student_end": False}),
+    "term.akl:mu": Change(0.95),
+    **{f"{kind}.own_past:start_epoch": Change(1) for kind in ("distill", "term")},
+    "teacher.logits:temperatures": Change((1.0, 2.0), {"top_k": 4}),
+    # Of two layers each, evenly spread is one to one.
+    **{
+        f"term.{name}:layers": Change(((1, 2), (2, 1)))
+        for name in ("squarehead", "hidden_mse", "hidden_cosine")
+    },
+    "term.minilm:student_layer": Change(1),
+    "term.minilm:teacher_layer": Change(1),
+    "term.minilm:relation_heads": Change(1),
+    "term.nd:least_seen": Change(8),
+    # At the default alpha only the straight line moves t.
+    "term.taid:alpha": Change(1.0),
+    "term.taid:beta": Change(0.5, {"alpha": 1.0}),
     "calibration_tokens": Change(400),
     "pattern": Change("2:4", {"sparsity": None, "pattern": "1:4"}),
     "train.sparse:sparsity": Change(0.5),
     "train.sparse:start_sparsity": Change(0.05),
     "train.sparse:masked_decay": Change(0.5, {"update": "straight_through", "sparsity": 0.5}),
     "train.sparse:update": Change("straight_through", {"sparsity": 0.5}),
+    **{f"distill.{name}:pattern": Change("1:4") for name in ("ast", "cast")},
+    "distill.matryoshka_kv:ranks": Change((0.5, 1.0)),
+    "distill.lingu_distill:distilled": Change("language", {"data": "marked/train"}),
+    "distill.lingu_distill:cross_entropy": Change(2.0, {"data": "marked/train", "distilled": "language"}),
     "warmup_steps": Change(2),
     "warmup_share": Change(0.4),
     "prune.sparsegpt:threshold": Change("block", {"sparsity": 0.51}),
@@ -371,6 +458,19 @@ SECOND: dict[str, Change] = {
     "minus_100_as_index": Change(True, {"mask": "all"}),
     "unlearn.simnpo:length": Change("labels", {"forget": "authors/text[0:20]"}),
     "data.alternates:tries": Change(1, {"temperature": 0.3}),
+    "data.paser:clusters": Change(5),
+    "data.paser:clustering": Change("nmf", {"clusters": 5}),
+    "data.generated:prompt_tokens": Change(9, {"data": "authors/text[0:20]"}),
+    **{
+        f"distill.{name}:prompt_tokens": Change(9, {"data": "authors/text[0:20]"})
+        for name in ("gkd", "distillm", "minillm", "mgsr")
+    },
+    "distill.distillm:capacity": Change(4, {"threshold": 1.0}),
+    "distill.distillm:tolerance": Change(5.0),
+    "distill.minillm:passes": Change(2, {"rollouts": 8}),
+    "distill.minillm:reward_limit": Change(0.5),
+    # In bfloat16 it matters which sequences are padded together.
+    "distill.minillm:teacher_precision": Change("bfloat16", {"written_at_once": 4}),
     "unlearn.rmu:layer": Change(0),
     "unlearn.reglu:retain_rank": Change(4),
     "unlearn.realign:alignment": Change(OTHER_DATA),
@@ -435,11 +535,31 @@ SECOND: dict[str, Change] = {
     "speed:seconds": Change(0.1),
 }
 
-# Shared options that a method refuses in a sentence, whatever their value.
-REFUSED: dict[str, tuple[str, ...]] = {"train.sparse": ("adapter",)}
+# Shared options that a method refuses in a sentence, whatever their value; and a term's that needs marked rows.
+REFUSED: dict[str, tuple[str, ...]] = {
+    **{
+        name: ("adapter",)
+        for name in ("train.sparse", "distill.ast", "distill.cast")
+    },
+    "distill.matryoshka_kv": ("adapter", "keep_zeros"),
+    "term.selective": ("cross_entropy",),
+}
 
 # What curves hold beside the terms of a loss.
-NO_TERMS = ("learning_rate", "gradient_norm", "hidden", "flipped")
+NO_TERMS = (
+    "learning_rate", "gradient_norm", "hidden", "flipped", "masked_decay", "largest_masked", "key_share",
+    "value_share",
+    # of what students write; the clipped objective of whitened advantages has no direction
+    "on_policy", "replayed", "threshold", "validation", "policy_gradient", "rollouts.reward", "rollouts.reverse_kl",
+    "rollouts.length",
+    # where the target of taid stands
+    "taid.t", "taid.momentum", "taid.previous",
+    # of revised answers, which are others in every step; and what DAC-KL keeps of a distribution
+    "corrected", "dac_kl.kept", "dac_kl.kept_mass",
+)  # fmt: skip
+
+# Notes that no two runs have in common.
+CLOCKED = ("generation_seconds", "generation_kwh")
 
 # Options of evaluations that may only move the last bits, and are no How because on a card they do.
 LAST_BITS = ("batch",)
@@ -520,6 +640,17 @@ def sets() -> Path:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "marks").mkdir()
     (folder / "marks" / "train.jsonl").write_text(text, encoding="utf-8")
+    (folder / "marked").mkdir()
+    asked = [
+        {
+            "question": f"What is {number} and {number}?",
+            "answer": f"It is {2 * number}.",
+            "language": number % 3 > 0,
+        }
+        for number in range(12)
+    ]
+    marked = "".join(json.dumps(row) + "\n" for row in asked)
+    (folder / "marked" / "train.jsonl").write_text(marked, encoding="utf-8")
     (folder / "words").mkdir()
     words = "".join(json.dumps({"words": list(four)}) + "\n" for four in ("abcd", "eotn", "risl"))
     (folder / "words" / "quadruples.jsonl").write_text(words, encoding="utf-8")
@@ -731,8 +862,8 @@ class Outcome:
 
     @property
     def result(self) -> tuple[Any, ...]:
-        """All that can be seen of it from outside."""
-        return self.files, self.notes
+        """All that can be seen of it from outside, but for what a clock says."""
+        return self.files, {name: value for name, value in self.notes.items() if name not in CLOCKED}
 
     def same_weights(self, other: Outcome, tolerance: float = 0.0) -> bool:
         """Whether two models have the same weights: bit for bit, or up to ``tolerance``."""
@@ -873,7 +1004,8 @@ def needed_options(found: Found) -> dict[str, Value]:
     options = {}
     for option in fields_of(found.load().Config):
         if option.default is dataclasses.MISSING:
-            options[option.name] = _named(option, 0) if option.reference else SMALL.get(option.name)
+            named = option.reference and option.kind != DATASET
+            options[option.name] = _named(option, 0) if named else SMALL.get(option.name)
     return options | NEEDS.get(found.name, {})
 
 
@@ -981,7 +1113,12 @@ def changes(found: Found, option: OptionField) -> list[Change]:
     now = small_options(found).get(option.name, option.default)
     choices = [choice for hint in parts_of(option.hint) for choice in literals(hint)]
     if choices:
-        return [Change(choice) for choice in choices if choice != now]
+        named = [f"{found.name}:{option.name}={choice}" for choice in choices]
+        return [
+            SECOND.get(name, Change(choice))
+            for name, choice in zip(named, choices, strict=True)
+            if choice != now
+        ]
     for value in guesses(option, now):
         if fits(found, {option.name: value}):
             return [Change(value)]
@@ -1004,7 +1141,7 @@ def guesses(option: OptionField, now: Value) -> Iterator[Value]:
     if option.reference:
         values = [_named(option, number) for number in range(len(names_for(option)))]
         yield from (value for value in reversed(values) if value != now)
-    elif option.kind is not None and option.kind != "dataset":
+    elif option.kind is not None and option.kind != DATASET:
         current = now.name if isinstance(now, (Component, Call)) else None
         names = (name.partition(".") for name in catalogue().components)
         yield from (Call(name) for kind, _, name in names if kind == option.kind and name != current)
@@ -1042,8 +1179,8 @@ def literals(hint: Any) -> tuple[Any, ...]:
 
 
 def host(component: Found) -> Found:
-    """A method that takes the component: the one in ``HOST``, ``train.sft`` where it does, else the first."""
-    wanted = HOST.get(component.name, "train.sft")
+    """A method that takes the component: that of it or its kind in ``HOST``, ``train.sft`` where it does, or the first."""
+    wanted = HOST.get(component.name, HOST.get(component.family, "train.sft"))
     methods = sorted(catalogue().methods.values(), key=lambda found: found.name != wanted)
     return next(found for found in methods if slot(found, component.family) is not None)
 
@@ -1062,7 +1199,22 @@ def run_component(
     assert place is not None
     call = Call(found.name.partition(".")[2], tuple((small_options(found) | options).items()))
     kind = KIND.get(found.name, kind_of(method))
-    return run(method.name, parent=parent, models_of=kind, **{**(beside or {}), place: call})
+    several = next(option.several for option in fields_of(method.load().Config) if option.name == place)
+    together = (call, *(Call(name) for name in BESIDE.get(found.name, ())))
+    given = {**_teacher(found, parent), **(beside or {}), place: together if several else call}
+    return run(method.name, parent=parent, models_of=kind, **given)
+
+
+def _teacher(found: Found, parent: str) -> dict[str, Value]:
+    """Another model than the parent for a term that asks a teacher. What needs the student's own text is not run here."""
+    if found.family != "term":
+        return {}
+    if getattr(found.load(), "SAMPLED", False):
+        pytest.skip(
+            f"{found.name} works only on text that the student wrote, which no method with terms of choice has"
+        )
+    other = Name("whole" if parent == "other" else "other")
+    return {"teacher": other if getattr(found.load(), "TEACHER", True) else None}
 
 
 @cache

@@ -13,14 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods.data import Part
+from methods.checkpoint import load_tokenizer
+from methods.data import Part, Style, byte_bpe
 from methods.distill import check_teacher, cut, run
+from methods.distill._running import mixture_of
+from methods.distill._sources import Live
 from methods.find import catalogue
 from methods.gradient import Gradient
 from methods.stage import AssayError, Component, Parent
+from methods.term import of
 from methods.terms import kl_divergence, total
 from tests.parity.cases import Table
 from tests.training import make_parent, make_stage, same, weights_of
+from workflows.notation import Call, Name
+from workflows.options import resolve
 
 TEACHER = Parent("model.new-000000000000")
 METHODS = ("cross_entropy", "forward_kl", "squarehead")
@@ -33,6 +39,11 @@ def method(name: str) -> Any:
 def config_of(name: str, **options: Any) -> Any:
     teacher = {} if name == "cross_entropy" else {"teacher": TEACHER}
     return method(name).Config(**teacher, **options)
+
+
+def terms_of(name: str, config: Any, student: Any, teacher: Any, batch: Any) -> Any:
+    """The terms of a method on a batch, as the loop computes them."""
+    return mixture_of(method(name), config).terms(student, Live(teacher), batch)
 
 
 def binary(*probabilities: float) -> Tensor:
@@ -56,9 +67,8 @@ def hand(name: str, hidden: tuple[float, float] = (0.0, 0.0), **options: Any) ->
         return torch.full((2, 1), 9.0, dtype=torch.float64), torch.full((2, 1), value, dtype=torch.float64)
 
     student, teacher = Table(binary(0.5, 0.9), states(hidden[0])), Table(binary(0.25, 0.1), states(hidden[1]))
-    return float(
-        total(method(name).loss(config_of(name, **options), student, teacher, one_batch([[-100, 0]])))
-    )
+    batch = one_batch([[-100, 0]])
+    return float(total(terms_of(name, config_of(name, **options), student, teacher, batch)))
 
 
 DIVERGENCE = 0.25 * log(0.25 / 0.5) + 0.75 * log(0.75 / 0.5)
@@ -98,21 +108,27 @@ def test_squarehead_adds_three_weighted_terms() -> None:
 def test_squarehead_without_hidden_weight_asks_for_no_hidden_states() -> None:
     student, teacher = Table(binary(0.5, 0.9)), Table(binary(0.25, 0.1))
     config = config_of("squarehead", squarehead=0.0)
-    terms = method("squarehead").loss(config, student, teacher, one_batch([[-100, 0]]))
+    terms = terms_of("squarehead", config, student, teacher, one_batch([[-100, 0]]))
     assert set(terms) == {"cross_entropy", "kl"}
 
 
 def test_squarehead_looks_at_prompts_but_not_at_padding() -> None:
-    module = method("squarehead")
     batch = one_batch([[-100, -100, 0, -100]])
     mask = torch.tensor([[1, 1, 1, 0]])
     batch.train = replace(batch.train, attention_mask=mask)
-    target = torch.ones(1, 4, 2)
+    target, logits = torch.ones(4, 2), torch.zeros(4, 3)
     state = target.clone()
-    state[0, 3] = 100.0
-    assert module.layer_term(batch.train, target, state, 1.0).sum == 0
-    state[0, 0] = 2.0
-    assert module.layer_term(batch.train, target, state, 1.0).sum == 2
+
+    def distance() -> float:
+        student, teacher = Table(logits, (target, state)), Table(logits, (target, target))
+        return float(
+            terms_of("squarehead", config_of("squarehead"), student, teacher, batch)["squarehead.1"].sum
+        )
+
+    state[3] = 100.0
+    assert distance() == 0
+    state[0] = 2.0
+    assert distance() == 2
 
 
 def test_three_weights_of_zero_are_refused_with_a_sentence() -> None:
@@ -123,9 +139,9 @@ def test_three_weights_of_zero_are_refused_with_a_sentence() -> None:
 def test_the_teacher_gets_no_gradient() -> None:
     logits, states = binary(0.25, 0.1).requires_grad_(), torch.ones(2, 1).requires_grad_()
     student = Table(binary(0.5, 0.9).requires_grad_(), (torch.ones(2, 1), torch.zeros(2, 1)))
-    module = method("squarehead")
+    teacher = Table(logits, (states, states))
     total(
-        module.loss(config_of("squarehead"), student, Table(logits, (states, states)), one_batch([[-100, 0]]))
+        terms_of("squarehead", config_of("squarehead"), student, teacher, one_batch([[-100, 0]]))
     ).backward()
     assert logits.grad is None
     assert states.grad is None
@@ -142,12 +158,8 @@ def test_absent_entries_of_a_padded_vocabulary_add_nothing() -> None:
 
 def test_a_fully_masked_batch_gives_zero_and_no_gradient() -> None:
     logits = binary(0.5, 0.9).requires_grad_()
-    module = method("forward_kl")
-    value = total(
-        module.loss(
-            config_of("forward_kl"), Table(logits), Table(binary(0.25, 0.1)), one_batch([[-100, -100]])
-        )
-    )
+    config, teacher = config_of("forward_kl"), Table(binary(0.25, 0.1))
+    value = total(terms_of("forward_kl", config, Table(logits), teacher, one_batch([[-100, -100]])))
     value.backward()
     assert value == 0
     assert not logits.grad.any()
@@ -168,7 +180,7 @@ def test_micro_batches_of_unequal_lengths_give_the_same_gradient(name: str, micr
 
     def gradients(size: int | None) -> list[Tensor]:
         def loss(student: Any, batch: Any) -> Any:
-            return method(name).loss(config_of(name), student, teacher, batch)
+            return terms_of(name, config_of(name), student, teacher, batch)
 
         Gradient(model, loss, micro_batch=size)({"train": one_batch(labels.tolist()).train}, 0, 1)
         return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
@@ -260,6 +272,95 @@ def test_hidden_states_of_another_shape_are_refused_only_where_they_are_used(tmp
         check_teacher(student, teacher, hidden=True)
 
 
+def test_a_teacher_is_refused_before_any_weight_is_loaded(tmp_path: Path) -> None:
+    """The files of weights are empty: opening one would be another error."""
+    student = model_folder(tmp_path / "student", ["a", "b"], 2, layers=1)
+    deeper = model_folder(tmp_path / "deeper", ["a", "b"], 2, layers=2)
+    foreign = model_folder(tmp_path / "foreign", ["a", "c"], 2)
+    stage = make_stage(student, tmp_path / "first", config_of("forward_kl"), teacher=foreign)
+    with pytest.raises(AssayError, match=r"different|first differ at id 1"):
+        run(stage, method("forward_kl"))
+    stage = make_stage(student, tmp_path / "second", config_of("squarehead"), teacher=deeper)
+    with pytest.raises(AssayError, match="student has 1 layers and the teacher 2"):
+        run(stage, method("squarehead"))
+
+
+# --- terms and teachers on paper ----------------------------------------------------------------------------------
+
+
+def mixed(*terms: Component, **options: Any) -> Any:
+    teacher = {} if {"teacher", "ensemble", "recorded"} & options.keys() else {"teacher": TEACHER}
+    return method("mix").Config(terms=terms, **teacher | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"ensemble": (TEACHER, TEACHER), "teacher": TEACHER}, "there is teacher= and ensemble="),
+        ({"teacher": None}, "give one teacher: .* there is none of them"),
+    ],
+)
+def test_a_stage_has_one_teacher(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(AssayError, match=sentence):
+        method("forward_kl").Config(**options)
+
+
+@pytest.mark.parametrize(
+    ("terms", "options", "sentence"),
+    [
+        (("cross_entropy",), {}, r"no term asks a teacher \(cross_entropy\): leave out teacher"),
+        (("forward_kl",), {"teacher": None}, "the term forward_kl needs a teacher: give teacher=CHAIN"),
+        (
+            ("cross_entropy", "squarehead"),
+            {"ensemble": (TEACHER,)},
+            "squarehead needs hidden states, and several",
+        ),
+        (
+            ("squarehead",),
+            {"recorded": TEACHER},
+            "squarehead looks at hidden states, and a record has logits alone",
+        ),
+        (("minilm",), {"recorded": TEACHER}, "minilm looks at attention, and a record has logits alone"),
+        (("sampled_reverse_kl",), {}, "works only on text that the student wrote"),
+        (("dist",), {"micro_batch": 4, "batch": 8}, "dist compares all rows of a batch with each other"),
+    ],
+)
+def test_terms_are_compared_with_the_teacher_while_planning(
+    terms: tuple[str, ...], options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(AssayError, match=sentence):
+        mixed(*(of(name) for name in terms), **options)
+
+
+def test_a_record_serves_no_position_but_those_of_answers() -> None:
+    with pytest.raises(AssayError, match="a record has those that predict an answer token alone"):
+        mixed(of("forward_kl", positions="all"), recorded=TEACHER)
+
+
+def test_something_has_to_be_minimised() -> None:
+    with pytest.raises(AssayError, match="the weights of all terms are 0"):
+        mixed(of("forward_kl", weight=0.0))
+
+
+def test_a_mixture_without_a_teacher_is_the_recovery_on_the_labels() -> None:
+    assert mixed(of("cross_entropy"), teacher=None).teacher is None
+
+
+def test_squarehead_is_refused_for_several_teachers_unless_its_weight_is_0() -> None:
+    with pytest.raises(AssayError, match="squarehead needs hidden states, and several models"):
+        method("squarehead").Config(ensemble=(TEACHER, TEACHER))
+    method("squarehead").Config(ensemble=(TEACHER, TEACHER), squarehead=0.0)
+
+
+def test_a_temperature_of_zero_is_a_sentence() -> None:
+    found = catalogue().method("distill.forward_kl")
+    call = Call("distill.forward_kl", (("teacher", Name("target")), ("temperature", 0.0)))
+    with pytest.raises(
+        AssayError, match=r"distill.forward_kl: temperature=0.0: input should be greater than 0"
+    ):
+        resolve(call, found, catalogue(), lambda _, name: Parent(name.text))
+
+
 # --- whole stages -----------------------------------------------------------------------------------------
 
 
@@ -270,7 +371,7 @@ def test_a_stage_lowers_its_terms_and_leaves_the_teacher_alone(name: str, tmp_pa
     before = weights_of(teacher)
     parents = {} if name == "cross_entropy" else {"teacher": teacher}
     trained(student, tmp_path, name, steps=8, **parents)
-    curve = terms_of(tmp_path / "result" / "curve.csv")
+    curve = curve_terms(tmp_path / "result" / "curve.csv")
     expected = {"cross_entropy": {"cross_entropy"}, "forward_kl": {"kl"}}
     assert set(curve) == expected.get(name, {"cross_entropy", "kl", "squarehead.1", "squarehead.2"})
     assert sum(values[-1] for values in curve.values()) < sum(values[0] for values in curve.values())
@@ -279,13 +380,149 @@ def test_a_stage_lowers_its_terms_and_leaves_the_teacher_alone(name: str, tmp_pa
 
 def trained(student: Path, folder: Path, name: str, steps: int, **parents: Path) -> Path:
     """Run a stage on a whole small set; the folder of its model."""
+    return trained_with(student, folder, name, config_of(name, **recipe(steps)), parents)
+
+
+def recipe(steps: int) -> dict[str, Any]:
     adamw = Component("adamw", {"learning_rate": 1e-2})
-    config = config_of(name, steps=steps, batch=12, data="first", optimizer=adamw, log_every=1)
+    return {"steps": steps, "batch": 12, "data": "first", "optimizer": adamw, "log_every": 1}
+
+
+def trained_with(student: Path, folder: Path, name: str, config: Any, parents: dict[str, Path]) -> Path:
     run(make_stage(student, folder, config, **parents), method(name))
     return folder / "result" / "model"
 
 
-def terms_of(path: Path) -> dict[str, list[float]]:
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A student, and what became of it on the rows: a teacher."""
+    folder = tmp_path_factory.mktemp("pair")
+    student = make_parent(folder / "student", dropout=0.0)
+    return student, trained(student, folder / "teacher", "cross_entropy", steps=16)
+
+
+def test_every_term_of_a_mixture_is_logged_without_its_weight(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    student, teacher = pair
+    chosen = (
+        of("forward_kl", weight=0.5, temperature=2.0),
+        of("squarehead"),
+        of("cross_entropy", weight=0.0),
+        of("forward_kl"),
+    )
+    trained_with(student, tmp_path, "mix", mixed(*chosen, **recipe(3)), {"teacher": teacher})
+    curve = curve_terms(tmp_path / "result" / "curve.csv")
+    assert list(curve) == ["forward_kl", "squarehead.1", "squarehead.2", "cross_entropy", "forward_kl.2"]
+    alone = tmp_path / "alone"
+    config = mixed(of("forward_kl", weight=2.0), **recipe(3))
+    trained_with(student, alone, "mix", config, {"teacher": teacher})
+    first = curve_terms(alone / "result" / "curve.csv")["forward_kl"][0]
+    assert curve["forward_kl.2"][0] == pytest.approx(first, rel=1e-6)
+
+
+def test_a_recipe_and_a_mixture_of_its_terms_are_the_same(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    student, teacher = pair
+    config = config_of("forward_kl", alpha=0.25, temperature=2.0, **recipe(4))
+    one = trained_with(student, tmp_path / "one", "forward_kl", config, {"teacher": teacher})
+    chosen = (of("forward_kl", weight=0.25, temperature=2.0), of("cross_entropy", weight=0.75))
+    other = trained_with(
+        student, tmp_path / "other", "mix", mixed(*chosen, **recipe(4)), {"teacher": teacher}
+    )
+    assert same(weights_of(one), weights_of(other))
+
+
+def test_blocks_of_tokens_leave_the_result_as_it_is(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    student, teacher = pair
+    found = []
+    for block_tokens in (None, 3):
+        config = config_of("forward_kl", block_tokens=block_tokens, **recipe(3))
+        folder = tmp_path / str(block_tokens)
+        found.append(weights_of(trained_with(student, folder, "forward_kl", config, {"teacher": teacher})))
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_several_teachers_that_are_one_teach_as_one(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    student, teacher = pair
+    config = mixed(of("forward_kl"), ensemble=(TEACHER, TEACHER), **recipe(3))
+    both = {"ensemble.1": teacher, "ensemble.2": teacher}
+    one = weights_of(trained_with(student, tmp_path / "one", "mix", config, both))
+    config = mixed(of("forward_kl"), **recipe(3))
+    other = weights_of(trained_with(student, tmp_path / "other", "mix", config, {"teacher": teacher}))
+    for name, weight in other.items():
+        torch.testing.assert_close(one[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_the_teacher_stays_in_evaluation_mode_and_out_of_the_student(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from methods.distill._mixture import Mixture
+
+    seen = []
+    usual = Mixture.terms
+
+    def watched(self: Mixture, student: Any, source: Any, batch: Any) -> Any:
+        inside = {id(module) for module in student.modules()}
+        seen.append((student.training, source.model.training, id(source.model) in inside))
+        return usual(self, student, source, batch)
+
+    monkeypatch.setattr(Mixture, "terms", watched)
+    student, teacher = pair
+    probed = recipe(3) | {"probe": ("rows=first",), "probe_every": 1}
+    written = trained_with(student, tmp_path, "mix", mixed(of("forward_kl"), **probed), {"teacher": teacher})
+    assert set(seen) == {(True, False, False)}
+    assert weights_of(written).keys() == weights_of(student).keys()
+    assert not list(written.parent.rglob("teacher*"))
+
+
+def test_across_tokenizers_the_batch_has_the_rows_in_the_teachers_tokens(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from methods.distill._mixture import Mixture
+
+    student, _ = pair
+    teacher = reworded(student, tmp_path / "teacher")
+    with pytest.raises(AssayError, match=r"with another one the term uld\(\)"):
+        check_teacher(student, teacher)
+    batches = []
+    usual = Mixture.terms
+
+    def watched(self: Mixture, model: Any, source: Any, batch: Any) -> Any:
+        batches.append(batch)
+        return usual(self, model, source, batch)
+
+    monkeypatch.setattr(Mixture, "terms", watched)
+    config = mixed(of("cross_entropy"), of("uld"), **recipe(2) | {"batch": 5})
+    trained_with(student, tmp_path, "mix", config, {"teacher": teacher})
+    ours, theirs = (load_tokenizer(folder) for folder in (student, teacher))
+    for batch in batches:
+        for row in range(5):
+            texts = [
+                tokenizer.decode(part.input_ids[row][part.labels[row] != -100], skip_special_tokens=True)
+                for tokenizer, part in ((ours, batch.train), (theirs, batch.teacher))
+            ]
+            assert texts[0] == texts[1]
+        padding = batch.teacher.input_ids[batch.teacher.attention_mask == 0]
+        assert (padding == theirs.pad_token_id).all()
+
+
+def reworded(student: Path, folder: Path) -> Path:
+    """A random model of the student's shape with a smaller vocabulary of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    specials = {"eos_token": "</s>", "bos_token": "<s>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_bpe(["a short text"], 264, list(specials.values())), **specials
+    )
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Style().write(folder)
+    return folder
+
+
+def curve_terms(path: Path) -> dict[str, list[float]]:
     """The terms of the loss along a learning curve."""
     found: dict[str, list[float]] = {}
     for line in path.read_text().splitlines()[1:]:

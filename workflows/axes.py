@@ -10,7 +10,7 @@ from methods.stage import AssayError
 from workflows.columns import Cell, Column
 from workflows.grid import plain_name, unit
 from workflows.measured import Measured
-from workflows.specs import RELATIVE
+from workflows.specs import RECOVERED, RELATIVE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,8 @@ def quantity(measured: Measured, name: str, reference: str) -> Column:
 
 def quantity_label(column: Column, cells: Sequence[Cell]) -> str:
     """``forget10 · forget_nll (nats/token), lower is better``."""
-    (name, words, chain), said = plain_name(column).partition(RELATIVE), unit(column, cells)
+    words = RECOVERED if column.towards else RELATIVE
+    (name, words, chain), said = plain_name(column).partition(words), unit(column, cells)
     plain = name if (column.absolute or column).at else name.replace(".", " · ")
     text = plain + words + chain + (f" ({said})" if said else "")
     return ", ".join(filter(None, [text, _DIRECTIONS.get(column.better, "")]))

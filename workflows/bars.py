@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from methods.stage import AssayError
-from workflows import chance, draw
+from workflows import chance, draw, recovered, relative
 from workflows.axes import Spec, plain_logarithms, quantity, quantity_label
 from workflows.columns import Cell, Column
 from workflows.grid import scale
 from workflows.measured import ChainRun, Measured
-from workflows.relative import explained
 from workflows.specs import several
 
 if TYPE_CHECKING:
@@ -290,7 +289,7 @@ def _caption(measured: Measured, plot: Plot, spec: Spec) -> str:
     spread = {"sd": "± sample sd", "interval": f"{chance.LEVEL:.0%} t intervals of the means"}
     parts = [f"Bars: means; error bars: {spread[spec.get('spread', 'sd')]}; dots: single results."]
     parts += [f"Grouped by {spec.get('group', 'family')}."] if len(plot.colors) > len(draw.COLORS) else []
-    parts += [_counts(plot), *explained(plot.columns)]
+    parts += [_counts(plot), *relative.explained(plot.columns), *recovered.explained(plot.columns)]
     for column in plot.columns:
         parts += [*measured.unrelated(plot.runs, column), *measured.straight(plot.runs, column)]
     if spec.get("start"):

@@ -346,8 +346,8 @@ def _token_costs(last: list[Record], before: list[Record]) -> Iterator[RowDict]:
 
 
 def _generation_costs(last: list[Record]) -> Iterator[RowDict]:
-    """What writing text cost within the last stage, which is part of what the stage cost."""
-    if _noted(last, "generated_tokens"):
+    """What writing text cost within a stage that does other work as well: a part of the stage's cost."""
+    if any("generation_seconds" in record.notes for record in last):
         yield _cost("time", "stage_generation_seconds", _noted(last, "generation_seconds"), "s", "lower")
     if any("generation_kwh" in record.notes for record in last):
         yield _cost("energy", "stage_generation_kwh", _noted(last, "generation_kwh"), _unit(last), "lower")

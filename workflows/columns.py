@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from workflows import chance
-from workflows.specs import COSTS, RELATIVE, STEP
+from workflows.specs import COSTS, PER_KILOJOULE, RECOVERED, RELATIVE, STEP
 
 Row = Mapping[str, Any]
 CLASS_TASK = re.compile(r"(?:(.*) )?class (\d+)")
@@ -68,7 +68,8 @@ class Column:
     """One measured quantity; with ``at``, where that other quantity first passes ``level``.
 
     ``entry`` is ``curve`` for a logged term (its name is ``metric``) and ``step`` for the number of steps. With
-    ``relative_to``, the name of a chain, it is the change of ``absolute`` against that chain in percent.
+    ``relative_to``, the name of a chain, it is the change of ``absolute`` against that chain in percent; with
+    ``towards``, what the last stage has won back of ``absolute`` (``per_kilojoule`` of its energy).
     """
 
     name: str
@@ -80,6 +81,8 @@ class Column:
     at: Column | None = None
     level: float = math.nan
     relative_to: str = ""
+    towards: str = ""
+    per_kilojoule: bool = False
     absolute: Column | None = None
 
     @property
@@ -106,6 +109,13 @@ def change(column: Column, chain: str) -> Column:
     better = column.better if column.better in ("higher", "lower") else ""
     return replace(column, name=f"{column.name}{RELATIVE}{chain}", better=better, unit="%", relative_to=chain,
                    absolute=column)  # fmt: skip
+
+
+def won_back(column: Column, chain: str, *, per_kilojoule: bool) -> Column:
+    """``column recovered towards chain``, a share of 1, also ``per kilojoule``; more is better."""
+    ending, unit = (PER_KILOJOULE, "1/kJ") if per_kilojoule else ("", "")
+    return replace(column, name=f"{column.name}{RECOVERED}{chain}{ending}", better="higher", unit=unit, towards=chain,
+                   per_kilojoule=per_kilojoule, absolute=column)  # fmt: skip
 
 
 # --- which columns a reference means ----------------------------------------------------------------------

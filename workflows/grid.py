@@ -17,7 +17,7 @@ from workflows import chance
 from workflows.columns import Cell, Column
 from workflows.measured import ChainRun, Measured
 from workflows.relative import obtained
-from workflows.specs import RELATIVE
+from workflows.specs import PER_KILOJOULE, RECOVERED, RELATIVE
 
 NOTHING = "–"
 LOST_SHARE = 0.05
@@ -151,7 +151,7 @@ def _decimals(largest: float) -> int:
 
 def scale(column: Column, cells: Sequence[Cell]) -> float:
     """1,000 where energies are so small that watt-hours read better than kWh; a millionth where tokens are many."""
-    if column.relative_to:
+    if column.absolute is not None:
         return 1.0
     largest = max((abs(cell.mean) for cell in cells if cell.samples), default=0.0)
     if column.unit == "tokens":
@@ -167,10 +167,10 @@ def unit(column: Column, cells: Sequence[Cell]) -> str:
     """The unit as shown, with how energy was obtained where that is the same everywhere."""
     if column.unit == "tokens" and scale(column, cells) < 1:
         return "M tokens"
-    if column.entry != "energy" or not column.metric.endswith("_kwh"):
+    if not column.per_kilojoule and (column.entry != "energy" or not column.metric.endswith("_kwh")):
         return column.unit
     kinds = _kinds(cells)
-    plain = column.unit if column.relative_to else "Wh" if scale(column, cells) > 1 else "kWh"
+    plain = column.unit if column.absolute else "Wh" if scale(column, cells) > 1 else "kWh"
     return plain + (f", {kinds[0]}" if len(kinds) == 1 else "")
 
 
@@ -192,6 +192,8 @@ def plain_name(column: Column) -> str:
     """The column's name without the unit of an energy: ``energy.stage relative to control``."""
     name = (column.absolute or column).name
     name = name.removesuffix("_kwh") if column.entry == "energy" else name
+    if column.towards:
+        return f"{name}{RECOVERED}{column.towards}" + (PER_KILOJOULE if column.per_kilojoule else "")
     return name + (f"{RELATIVE}{column.relative_to}" if column.relative_to else "")
 
 

@@ -2,8 +2,9 @@
 
 ``Measured.read(folders)`` holds one or several result folders; a chain is always one chain of one folder.
 ``columns`` resolves ``forget10.model_utility``, ``tasks.authors_retain.acc``, ``curve.probe.retain@probe.forget=2``,
-``forget10.model_utility@forget10.forget_nll=2`` or ``energy.stage_kwh relative to target``; ``cell`` gives a chain's
-distinct results for a column, and ``trajectories`` everything measured on the way to them.
+``forget10.model_utility@forget10.forget_nll=2``, ``energy.stage_kwh relative to target`` or ``forget10.retain_nll
+recovered towards target``; ``cell`` gives a chain's distinct results for a column, and ``trajectories`` everything
+measured on the way to them.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ from workflows.columns import (
     sample,
     statuses,
     term,
+    won_back,
 )
 from workflows.curves import Line, lines
 from workflows.reading import read_curves, read_experiment, read_jobs, read_rows, source_names
+from workflows.recovered import STAGE_ENERGY, each_kilojoule, parent_label
+from workflows.recovered import recovered as shares_of
 from workflows.relative import changed
-from workflows.specs import CURVE, PROFILE, STEP, at_level, relative
+from workflows.specs import CURVE, PROFILE, STEP, against, at_level, recovered, relative
 from workflows.trajectory import SPENT, Trajectory, trajectories
 
 CLASSES_AT_MOST = 12
@@ -187,9 +191,9 @@ class Measured:
         Raises:
             AssayError: nothing of that name was measured; names the nearest that was.
         """
-        against = relative(reference)
-        if against is not None:
-            return self._changes(reference, *against)
+        quantity, chain = against(reference)
+        if chain:
+            return self._compared(reference, quantity, chain)
         parts = at_level(reference)
         if parts is None and reference == STEP:
             raise AssayError(
@@ -202,19 +206,26 @@ class Measured:
         columns = [self.at(column, at, parts[2]) for column in found]
         return columns if len(columns) > 1 else [replace(columns[0], name=reference)]
 
-    def _changes(self, reference: str, quantity: str, chain: str) -> list[Column]:
-        """Every quantity that ``quantity`` means, relative to a chain of that name."""
+    def _compared(self, reference: str, quantity: str, chain: str) -> list[Column]:
+        """Every quantity that ``quantity`` means, relative to a chain of that name or recovered towards it."""
         if not self.chosen([chain]):
             names = [word for run in self.with_steps for word in (run.name, run.group)]
             near = difflib.get_close_matches(chain, names, 1, 0.6)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise AssayError(f"{reference}: results.csv has no chain {chain}.{hint}")
-        return [change(column, chain) for column in self.columns(quantity)]
+        parts = recovered(reference)
+        if parts is None:
+            return [change(column, chain) for column in self.columns(quantity)]
+        return [won_back(column, chain, per_kilojoule=parts[2]) for column in self.columns(quantity)]
 
     def along(self, reference: str) -> list[Column]:
         """What a reference means along a trajectory: rows of results.csv, ``curve.TERM`` or ``step``."""
         if relative(reference) is not None:
             raise AssayError(f"{reference}: a change against a chain is no quantity along a trajectory.")
+        if recovered(reference) is not None:
+            raise AssayError(
+                f"{reference}: what was recovered is known of a chain's end, not along a trajectory."
+            )
         if reference == STEP:
             return [Column(STEP, STEP, "", STEP)]
         if reference.startswith(CURVE):
@@ -268,6 +279,8 @@ class Measured:
 
     def cell(self, run: ChainRun, column: Column) -> Cell:
         """The chain's distinct results in a column."""
+        if column.towards:
+            return self._won_back(run, column)
         if column.absolute is not None:
             base = self._compared_with(run, column.relative_to)
             return (
@@ -284,6 +297,25 @@ class Measured:
         units = tuple(dict.fromkeys(row["unit"] for row in there))
         return Cell(tuple(samples.values()), statuses(lost), units)
 
+    def started_from(self, run: ChainRun) -> ChainRun | None:
+        """The chain, or the kept model of one, that the run's last stage started from, where it is shown here."""
+        label = parent_label(run.label)
+        return next(
+            (each for each in self.with_steps if each.source == run.source and each.label == label), None
+        )
+
+    def _won_back(self, run: ChainRun, column: Column) -> Cell:
+        """What the last stage won back; nothing for the intact chain itself and for a model without a stage."""
+        assert column.absolute is not None
+        aim = self._compared_with(run, column.towards)
+        if not parent_label(run.label) or aim is None or aim.key == run.key:
+            return Cell()
+        start = self.started_from(run)
+        broken = self.cell(start, column.absolute) if start else Cell()
+        own, intact = self.cell(run, column.absolute), self.cell(aim, column.absolute)
+        found = shares_of(own, broken, intact, column.absolute.better)
+        return each_kilojoule(found, self.cell(run, STAGE_ENERGY)) if column.per_kilojoule else found
+
     def _compared_with(self, run: ChainRun, name: str) -> ChainRun | None:
         """The chain of this name in the run's folder; of a swept one, its member with the options of the run."""
         found = [each for each in self.chosen([name]) if each.source == run.source]
@@ -296,13 +328,16 @@ class Measured:
         """Sentences about chains for which a relative column has no chain to compare with, or one without numbers."""
         if column.absolute is None:
             return []
-        pairs = [(run, self._compared_with(run, column.relative_to)) for run in runs]
+        chain = column.relative_to or column.towards
+        nothing = "nothing is recovered towards it" if column.towards else "nothing is relative to it"
+        pairs = [(run, self._compared_with(run, chain)) for run in runs]
         alone = [self.shown_name(run) for run, base in pairs if base is None]
         empty = {self.shown_name(base): None for _, base in pairs
                  if base and not self.cell(base, column.absolute).samples}  # fmt: skip
-        said = [f"{', '.join(alone)}: no one chain here is called {column.relative_to}; name one, as in "
-                f"{column.relative_to}[option=value]."] if alone else []  # fmt: skip
-        return said + [f"{name} has no {column.absolute.name}: nothing is relative to it." for name in empty]
+        said = [f"{', '.join(alone)}: no one chain here is called {chain}; name one, as in "
+                f"{chain}[option=value]."] if alone else []  # fmt: skip
+        said += [f"{name} has no {column.absolute.name}: {nothing}." for name in empty]
+        return said
 
     # - trajectories
 

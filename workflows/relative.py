@@ -43,7 +43,7 @@ def _units(own: Cell, base: Cell) -> tuple[str, ...]:
 
 def obtained(unit: str) -> str:
     """``estimated, shared`` of ``kWh estimated, shared``; empty for units that say nothing of the kind."""
-    match = re.fullmatch(r"(?:kWh|%) (.+)", unit)
+    match = re.fullmatch(r"(?:kWh|%|1/kJ) (.+)", unit)
     return match[1] if match else ""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from methods.stage import AssayError
-from workflows import draw
+from workflows import draw, recovered
 from workflows.axes import Spec, finish, plain_logarithms, quantity, quantity_label, sd_or_zero
 from workflows.columns import Cell, Column
 from workflows.draw import Label
@@ -276,6 +276,7 @@ def _caption(plot: Scatter, best: Sequence[Point]) -> str:
     parts += [f"Labels: {plot.swept}; lines join what was swept."] if plot.families else []
     parts += [f"Marker area: {plot.size.name}."] if plot.size else []
     parts += [f"Colour: {plot.tint.name}."] if plot.tint else []
+    parts += recovered.explained([each for each in (plot.x, plot.y, plot.size, plot.tint) if each])
     return " ".join(
         parts
         + (

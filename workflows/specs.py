@@ -1,9 +1,10 @@
 """What the tables and figures of an experiment file may ask for: kinds, keys, and how a quantity is written.
 
 A quantity is ``entry.metric`` (or ``entry.task.metric``), a cost such as ``energy.chain_kwh``, ``step``,
-``curve.TERM`` (what the last stage logged), ``X@Y=LEVEL``: X where Y first passes LEVEL, or ``X relative to CHAIN``:
-by how many percent X differs from that chain's. Loads nothing heavy, so the planner refuses with the same sentences,
-before anything runs, that the report would have afterwards.
+``curve.TERM`` (what the last stage logged), ``X@Y=LEVEL``: X where Y first passes LEVEL, ``X relative to CHAIN``: by
+how many percent X differs from that chain's, ``X recovered towards CHAIN``: the share that the last stage won back of
+what the model it started from had lost against that chain, and the same ``per kilojoule``. Loads nothing heavy, so the
+planner refuses with the same sentences, before anything runs, that the report would have afterwards.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ PROFILE = "profile"
 STEP = "step"
 CURVE = "curve."
 RELATIVE = " relative to "
+RECOVERED = " recovered towards "
+PER_KILOJOULE = " per kilojoule"
 ROWS = ("chain", "method", "label")
 GROUPS = ("chain", "group", "family", "method", "base", "source")
 PANELS = {
@@ -90,6 +93,45 @@ def relative(reference: str) -> tuple[str, str] | None:
     return None
 
 
+def recovered(reference: str) -> tuple[str, str, bool] | None:
+    """X, CHAIN and whether ``per kilojoule`` of ``X recovered towards CHAIN``; None for any other quantity.
+
+    Raises:
+        AssayError: one of the two is left out, the words are not these, or X is no score.
+    """
+    quantity, words, rest = reference.rpartition(RECOVERED)
+    chain = rest.removesuffix(PER_KILOJOULE)
+    if not words and not re.search(r"\srecovered(\s|$)", reference):
+        return None
+    clauses = (RECOVERED, RELATIVE, PER_KILOJOULE)
+    if (
+        not quantity.strip()
+        or not chain.strip()
+        or any(each in text for text in (quantity, chain) for each in clauses)
+    ):
+        raise AssayError(
+            f"{reference}: write what was won back as X recovered towards CHAIN or X recovered towards CHAIN per "
+            "kilojoule, e.g. forget10.retain_nll recovered towards target."
+        )
+    if not _is_score(quantity.strip()):
+        raise AssayError(
+            f"{reference}: only a score is recovered, e.g. forget10.retain_nll; a cost, a curve, a number of steps and "
+            "a value at a level are not."
+        )
+    return quantity.strip(), chain.strip(), chain != rest
+
+
+def _is_score(quantity: str) -> bool:
+    """Whether a quantity is one that models are scored by."""
+    head = quantity.partition(".")[0]
+    return (
+        head not in COSTS
+        and quantity != STEP
+        and not quantity.startswith(CURVE)
+        and at_level(quantity) is None
+    )
+
+
 def at_level(reference: str) -> tuple[str, str, float] | None:
     """X, Y and the level of ``X@Y=LEVEL``; None for any other quantity.
 
@@ -112,6 +154,12 @@ def at_level(reference: str) -> tuple[str, str, float] | None:
     return None  # a task's own @ and =, as in ``code.humaneval limit=20.pass@1``
 
 
+def against(reference: str) -> tuple[str, str]:
+    """The quantity itself, and the chain that it is relative to or recovered towards (empty without one)."""
+    won_back = recovered(reference)
+    return won_back[:2] if won_back else relative(reference) or (reference, "")
+
+
 def _how(reference: str) -> str:
     return (
         f"{reference}: write a matched level as X@Y=LEVEL, e.g. curve.probe.retain@probe.forget=2 or "
@@ -120,9 +168,9 @@ def _how(reference: str) -> str:
 
 
 def quantities(spec: Spec, section: str) -> Iterator[str]:
-    """Everything in a specification that is a quantity; ``X relative to CHAIN`` and ``X@Y=LEVEL`` taken apart."""
+    """Everything in a specification that is a quantity, without a chain behind it; ``X@Y=LEVEL`` is taken apart."""
     for written in _written(spec, section):
-        reference, _ = relative(written) or (written, "")
+        reference, _ = against(written)
         parts = at_level(reference)
         if parts is None:
             yield reference
@@ -211,6 +259,10 @@ def _check_matched_table(where: str, spec: Spec) -> None:
                 f"{where}: {column}: a matched table has no relative columns; write X@Y=LEVEL relative to CHAIN in a "
                 "plain one."
             )
+        if RECOVERED in column:
+            raise AssayError(
+                f"{where}: {column}: what was recovered is known of a chain's end; ask for it in a plain table."
+            )
         if _LEVEL.fullmatch(column):
             raise AssayError(f"{where}: {column}: at and levels stand beside columns; leave the @ out.")
     better = spec.get("better", {})
@@ -232,7 +284,7 @@ def _check_figure(where: str, kind: str, spec: Spec) -> None:
         many = (kind, key) in SEVERAL
         if not (isinstance(spec[key], str) or (many and _is_texts(spec[key]))):
             raise AssayError(f"{where}: {key} is {'one text or a list of texts' if many else 'one text'}.")
-        if kind == "matched" and RELATIVE in str(spec[key]):
+        if kind == "matched" and any(words in str(spec[key]) for words in (RELATIVE, RECOVERED)):
             raise AssayError(f"{where}: {spec[key]}: a way to a chain's end is followed in absolute numbers.")
     if not set(spec.get("log", ())) <= {"x", "y"}:
         raise AssayError(f"{where}: log is x, y or [x, y].")
@@ -302,8 +354,8 @@ def check_experiment(experiment: Experiment) -> None:
 
 
 def compared_with(spec: Spec, section: str) -> Iterator[str]:
-    """The chains behind ``relative to`` in a specification."""
-    yield from (parts[1] for reference in _written(spec, section) if (parts := relative(reference)))
+    """The chains behind ``relative to`` and ``recovered towards`` in a specification."""
+    yield from (chain for reference in _written(spec, section) if (chain := against(reference)[1]))
 
 
 def _placed(where: str, read: Callable[[Spec, str], Iterator[str]], spec: Spec, section: str) -> list[str]:
@@ -314,9 +366,9 @@ def _placed(where: str, read: Callable[[Spec, str], Iterator[str]], spec: Spec, 
 
 
 def _check_metric(where: str, reference: str, known: Sequence[str]) -> None:
-    """A claim's metric: its level and the chain that it is relative to."""
+    """A claim's metric: its level and the chain that it is relative to or recovered towards."""
     try:
-        quantity, chain = relative(reference) or (reference, "")
+        quantity, chain = against(reference)
         at_level(quantity)
     except AssayError as error:
         raise AssayError(f"{where}: {error}") from None
@@ -333,7 +385,7 @@ def _check_quantities(where: str, references: Iterable[str], entries: Iterable[s
 
 
 def _check_chains(where: str, spec: Spec, compared: Sequence[str], known: Sequence[str]) -> None:
-    """Names in ``of``, ``reference`` and ``baseline``, and behind ``relative to``."""
+    """Names in ``of``, ``reference`` and ``baseline``, and behind ``relative to`` and ``recovered towards``."""
     words = [*spec.get("of", ()), *(spec[key] for key in ("reference", "baseline") if spec.get(key))]
     _check_names(where, [*words, *compared], known)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from methods.stage import AssayError
-from workflows import matched_table, relative, specs
+from workflows import matched_table, recovered, relative, specs
 from workflows.columns import CLASS_TASK, Cell, Column
 from workflows.grid import Table, Text, column_numbers, explanation, header, marks, names, shown
 from workflows.measured import Measured
@@ -42,7 +42,7 @@ def _plain(measured: Measured, name: str, spec: Mapping[str, Any]) -> Table:
         for place in range(len(runs))
     )
     headers = (by, *(header(column, [row[place] for row in grid]) for place, column in enumerate(columns)))
-    notes += relative.explained(columns)
+    notes += [*relative.explained(columns), *recovered.explained(columns)]
     notes += dict.fromkeys(note for column in columns for note in measured.unrelated(runs, column))
     notes += dict.fromkeys(note for column in columns for note in measured.straight(runs, column))
     about = [explanation(rows), *notes, *dict.fromkeys(note for _, each in marked for note in each)]

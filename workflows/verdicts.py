@@ -21,6 +21,7 @@ from methods.stage import AssayError
 from workflows import chance
 from workflows.columns import Cell, Column, Sample
 from workflows.measured import ChainRun, Measured
+from workflows.recovered import NOT_WORSE, parent_label, shares
 
 NOT_RUN = "not run"
 MORE_SEEDS = "needs more seeds"
@@ -83,20 +84,6 @@ def _complete(claim: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # --- which chains ------------------------------------------------------------------------------------------
-
-
-def parent_label(label: str) -> str:
-    """The label without its last stage: splits at the last `` > `` outside quotes and brackets."""
-    depth, quoted, escaped, cut = 0, False, False, 0
-    for place, character in enumerate(label):
-        if escaped or (quoted and character == "\\"):
-            escaped = not escaped
-        elif character == '"':
-            quoted = not quoted
-        elif not quoted:
-            depth += (character in "([{") - (character in ")]}")
-            cut = place if depth == 0 and character == ">" else cut
-    return label[:cut].rstrip()
 
 
 def matching(pattern: str, runs: Sequence[ChainRun]) -> list[ChainRun]:
@@ -176,7 +163,7 @@ def _pairs(measured: Measured, claim: Mapping[str, Any], blank: Verdict, subject
                         metric=column.name,
                     )
                     whole = measured.cell(intact[0], column) if intact else None
-                    judged = _judged(claim, start, subject, other, own, theirs, whole)
+                    judged = _judged(claim, start, subject, other, own, theirs, whole, column.better)
                     straight = measured.straight([run for run in (subject, other) if run], column)
                     yield replace(judged, condition="; ".join(filter(None, [judged.condition, *straight])))
 
@@ -186,32 +173,40 @@ def _cell(measured: Measured, run: ChainRun | None, column: Column) -> Cell | No
 
 
 def _judged(claim: Mapping[str, Any], start: Verdict, subject: ChainRun, other: ChainRun | None,
-            own: Cell, theirs: Cell | None, whole: Cell | None) -> Verdict:  # fmt: skip
+            own: Cell, theirs: Cell | None, whole: Cell | None, better: str) -> Verdict:  # fmt: skip
     pairs = _paired(own, theirs)
-    differences = _differences(claim, pairs, whole)
+    differences = _differences(claim, pairs, whole, better)
     low, high = chance.interval(differences)
     word = _word(claim, differences, low, high)
     condition = "; ".join(
-        filter(None, [_setting(subject, other), _seeds(pairs, own, theirs), *_losses(start, own, theirs)])
-    )
-    return replace(start, n=len(pairs), mean_difference=chance.mean(differences), low=low, high=high,
+        filter(None, [_setting(subject, other), _seeds(pairs, own, theirs), *_losses(start, own, theirs),
+                      _nothing_lost(claim, pairs, whole, better)])
+    )  # fmt: skip
+    return replace(start, n=len(differences), mean_difference=chance.mean(differences), low=low, high=high,
                    item_stderr=_item_stderr(pairs), verdict=word, condition=condition)  # fmt: skip
 
 
-def _differences(
-    claim: Mapping[str, Any], pairs: Sequence[tuple[Sample, Sample | None]], whole: Cell | None
-) -> list[float]:
+def _differences(claim: Mapping[str, Any], pairs: Sequence[tuple[Sample, Sample | None]], whole: Cell | None,
+                 better: str = "") -> list[float]:  # fmt: skip
     """Subject minus other (or value); for ``recovers`` the share won back of what was lost, minus the value."""
     level = claim["value"] or 0.0
     if claim["relation"] != "recovers":
         return [first.value - (second.value if second else level) for first, second in pairs]
-    before = {sample.seed: sample.value for sample in whole.samples} if whole else {}
-    shares = []
-    for subject, broken in pairs:
-        intact = before.get(subject.seed, before.get(""))
-        if broken is not None and intact is not None and broken.value != intact:
-            shares.append((broken.value - subject.value) / (broken.value - intact) - level)
-    return shares
+    return [each.value - level for each in _won_back(pairs, whole, better)[0]]
+
+
+def _won_back(
+    pairs: Sequence[tuple[Sample, Sample | None]], whole: Cell | None, better: str
+) -> tuple[list[Sample], dict[str, int]]:
+    """Shares of the pairs of subject and broken model, and why some have none."""
+    return shares([(own, broken) for own, broken in pairs if broken is not None], whole or Cell(), better)
+
+
+def _nothing_lost(claim: Mapping[str, Any], pairs: Sequence[tuple[Sample, Sample | None]], whole: Cell | None,
+                  better: str) -> str:  # fmt: skip
+    """How many broken models are not worse than the intact one, so that nothing could be won back."""
+    count = _won_back(pairs, whole, better)[1].get(NOT_WORSE, 0) if claim["relation"] == "recovers" else 0
+    return f"{claim['other']} is not worse than {claim['intact']} ({count})" if count else ""
 
 
 def _paired(own: Cell, theirs: Cell | None) -> list[tuple[Sample, Sample | None]]:

@@ -28,8 +28,6 @@ LLAMAS = ("llama", "pruned_llama", "harmonic_llama")
 NOTABLE_FLOOR = 0.01
 # How far, as a ratio of distances, a trained model may hold the other classes off: the announcement's example.
 FAR = 10.0
-# Settings of models that change the logits behind the output layer, and the values that mean "unchanged".
-BEHIND_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 @cache
@@ -38,11 +36,12 @@ def register() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from methods.architectures import harmonic_gpt2, harmonic_llama, pruned_llama
+    from methods.architectures import harmonic_gpt2, harmonic_llama, projected_llama, pruned_llama
 
     for configuration, model in (
         (pruned_llama.PrunedLlamaConfig, pruned_llama.PrunedLlamaForCausalLM),
         (harmonic_llama.HarmonicLlamaConfig, harmonic_llama.HarmonicLlamaForCausalLM),
+        (projected_llama.ProjectedLlamaConfig, projected_llama.ProjectedLlamaForCausalLM),
         (harmonic_gpt2.HarmonicGPT2Config, harmonic_gpt2.HarmonicGPT2LMHeadModel),
     ):
         AutoConfig.register(configuration.model_type, configuration, exist_ok=True)
@@ -217,22 +216,28 @@ def block_scores(layer: Any, hidden: Tensor, classes: slice) -> Tensor:
 
 
 @contextmanager
-def without_head(model: Any) -> Iterator[None]:
-    """Within it the model's ``logits`` are the hidden states that would enter its output layer.
+def without_head(model: Any, behind: bool = False) -> Iterator[HeadBehind]:
+    """Within it the model's output layer is not there, and what would enter it is its ``logits``.
 
-    Raises an AssayError for a model that changes its logits behind the output layer.
+    Yields the output layer as a function, with all that the model does to its logits behind it. Only where the caller
+    applies that (``behind``) may the model change its logits there: soft-capping, scaling; its ``logits`` are then
+    what it makes of the hidden states, and the hidden states are found with ``HeadBehind.entering``.
+
+    Raises:
+        AssayError: the model changes its logits behind the output layer, and the caller does not.
     """
-    layer, config = output_layer(model), unwrapped(model).config
-    changed = [name for name in BEHIND_THE_HEAD if getattr(config, name, None) not in (None, 1, 1.0)]
-    if changed:
+    layer, config = output_layer(model), _text_config(unwrapped(model).config)
+    head = HeadBehind(layer, _changes(config), type(unwrapped(model)).__name__)
+    if head.changes and not behind:
+        name, value = next(iter(head.changes.items()))
         raise AssayError(
-            f"{type(unwrapped(model)).__name__} changes its logits behind the output layer ({changed[0]}="
-            f"{getattr(config, changed[0])}): a loss cannot apply that layer itself; use loss=cross_entropy."
+            f"{head.model} changes its logits behind the output layer ({name}={value}): a loss cannot apply that layer "
+            "itself; use loss=cross_entropy."
         )
     before = layer.__dict__.get("forward")
-    layer.forward = _unchanged
+    layer.forward = head.keep
     try:
-        yield
+        yield head
     finally:
         if before is None:
             del layer.forward
@@ -240,9 +245,102 @@ def without_head(model: Any) -> Iterator[None]:
             layer.forward = before
 
 
-def _unchanged(hidden: Tensor) -> Tensor:
-    """An output layer that is not there."""
-    return hidden
+def _changes(config: Any) -> dict[str, float]:
+    """What a model's configuration says is done to logits behind the output layer."""
+    named = {name: getattr(config, name, None) for name in BEHIND_THE_HEAD}
+    return {name: float(value) for name, value in named.items() if value not in (None, 1, 1.0)}
+
+
+def _text_config(config: Any) -> Any:
+    """The configuration of the text model, where a model has several."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+class HeadBehind:
+    """An output layer as a function of a block of hidden states, with what the model does to its logits.
+
+    It runs under the autocast that the layer would have run under within the model.
+    """
+
+    def __init__(self, layer: Any, changes: Mapping[str, float], model: str) -> None:
+        self.layer, self.changes, self.model = layer, changes, model
+        self._hidden: Tensor | None = None
+        self._autocast: dict[str, Any] = {}
+
+    def keep(self, hidden: Tensor) -> Tensor:
+        """In the place of the layer: remember what enters it and hand it on unchanged."""
+        import torch
+
+        device = hidden.device.type
+        self._hidden = hidden
+        self._autocast = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+            # A cache would keep a copy of the weights beyond this block.
+            "cache_enabled": False,
+        }
+        return hidden
+
+    def entering(self, logits: Tensor) -> Tensor:
+        """The hidden states [B,T,d] that entered the layer in the forward pass that gave these ``logits``.
+
+        Raises:
+            AssayError: the model does something to its logits that is not known here.
+        """
+        hidden = self._hidden
+        assert hidden is not None  # the forward pass ran within ``without_head``
+        self._hidden = None
+        row = (0,) * (hidden.ndim - 1)
+        if hidden.numel() and not self._agree(self._behind(hidden[row].detach()), logits[row].detach()):
+            raise AssayError(
+                f"{self.model} changes its logits behind the output layer in a way that is not known here: a loss that "
+                "works block by block cannot repeat it."
+            )
+        return hidden
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """Logits [c,V] of hidden states [c,d], in float32 or wider."""
+        import torch
+
+        with torch.autocast(**self._autocast):
+            raw: Tensor = self.layer(block)
+        return self._behind(raw)
+
+    def _behind(self, logits: Tensor) -> Tensor:
+        from methods.head import widen
+
+        logits = widen(logits)
+        for name, value in self.changes.items():
+            logits = BEHIND_THE_HEAD[name](logits, value)
+        return logits
+
+    def _agree(self, ours: Tensor, theirs: Tensor) -> bool:
+        """Up to the rounding of the model's own type."""
+        import torch
+
+        return torch.allclose(ours.float(), theirs.float(), rtol=2e-2, atol=1e-3, equal_nan=True)
+
+
+def _soft_capped(logits: Tensor, cap: float) -> Tensor:
+    return cap * (logits / cap).tanh()
+
+
+def _multiplied(logits: Tensor, factor: float) -> Tensor:
+    return logits * factor
+
+
+def _divided(logits: Tensor, divisor: float) -> Tensor:
+    return logits / divisor
+
+
+# Settings of models that change the logits behind the output layer, and how; None and 1 mean "unchanged".
+BEHIND_THE_HEAD = {
+    "final_logit_softcapping": _soft_capped,
+    "logit_scale": _multiplied,
+    "logits_scaling": _divided,
+    "lm_head_multiplier": _multiplied,
+}
 
 
 # --- cutting -------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class DistanceHead(nn.Linear):
         noise = {"training": self.training} if self.noise else {}
         flat = hidden.flatten(0, -2)
         scores: Tensor = self.scores(self.options, flat, self.weight, **noise, **self.further())
-        return scores.reshape(*hidden.shape[:-1], -1)
+        return scores.reshape(*hidden.shape[:-1], scores.shape[-1])
 
     def block(self, hidden: Tensor, classes: slice) -> Tensor:
         """Scores [N,v] of a slice of the classes alone, for hidden states [N,d].

@@ -98,6 +98,11 @@ class Part:
         return int(self.attention_mask.sum())
 
     @property
+    def attended(self) -> Count:
+        """Positions that are not padding, those of prompts included."""
+        return Count(float(self.seen), f"{self.name}.attended")
+
+    @property
     def sequences(self) -> Count:
         return Count(float(self.labels.shape[0]), f"{self.name}.sequences")
 

@@ -12,14 +12,13 @@ is a difference of losses.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from methods.distill import DistillBatch, Recovering
-from methods.stage import Claim, Terms
-from methods.terms import answer_nll, forward
+from methods.distill import Recovering
+from methods.stage import Claim, Component
+from methods.term import of
 
 SEEDED = True
-USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms")
+USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms", "methods.term")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +40,6 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
-def loss(config: Config, student: Any, teacher: None, batch: DistillBatch) -> Terms:
+def terms(config: Config) -> tuple[Component, ...]:
     """``cross_entropy``: the answer NLL of the training rows."""
-    return {"cross_entropy": answer_nll(batch.train, forward(student, batch.train))}
+    return (of("cross_entropy"),)

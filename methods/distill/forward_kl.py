@@ -8,25 +8,28 @@ Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network".
 ``T**2`` keeps the gradient's size when T changes; trl's GKD trainer and jongwooko/distillm leave it out
 (``scale_by_temperature=False``), and the latter returns the cross-entropy -sum p log q: another value with the same
 gradient.
+
+The two terms are ``methods/term/forward_kl.py`` and ``methods/term/cross_entropy.py``; ``distill.mix`` has them with any
+weights, beside others.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import Ge, Le
 
-from methods.distill import DistillBatch, Distilling, answer_kl
-from methods.stage import Claim, Terms
-from methods.terms import answer_nll, forward, frozen
+from methods.distill import Softening
+from methods.stage import Claim, Component
+from methods.term import of
 
 SEEDED = True
-USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms")
+USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms", "methods.term")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Distilling):
+class Config(Softening):
     """The shared recipe, and how the teacher's distribution is mixed with the labels."""
 
     # share of the divergence; the rest is the cross-entropy on the labels (1: the teacher alone)
@@ -49,13 +52,16 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
-def loss(config: Config, student: Any, teacher: Any, batch: DistillBatch) -> Terms:
-    """``kl``: T**2 times the mean divergence over answer tokens; ``cross_entropy`` where alpha < 1."""
-    part = batch.train
-    outputs = forward(student, part)
-    scale = config.temperature**2 if config.scale_by_temperature else 1.0
-    wanted = frozen(teacher, part)
-    terms = {"kl": answer_kl(part, wanted, outputs, config.temperature, config.alpha * scale)}
+def terms(config: Config) -> dict[str, Component]:
+    """``kl``: the mean divergence over answer tokens; ``cross_entropy`` where alpha < 1."""
+    found = {
+        "kl": of(
+            "forward_kl",
+            weight=config.alpha,
+            temperature=config.temperature,
+            scale_by_temperature=config.scale_by_temperature,
+        )
+    }
     if config.alpha < 1:
-        terms["cross_entropy"] = answer_nll(part, outputs, 1 - config.alpha)
-    return terms
+        found["cross_entropy"] = of("cross_entropy", weight=1 - config.alpha)
+    return found

@@ -18,27 +18,20 @@ label counts, one too late; ``kl_labels="unshifted"`` repeats that, for comparis
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from methods.distill import DistillBatch, Distilling, answer_kl
-from methods.stage import AssayError, Claim, Term, Terms
-from methods.terms import Outputs, answer_nll, forward, frozen, kl_divergence, widen
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from methods.data import Part
+from methods.distill import Softening, refuse_terms
+from methods.stage import AssayError, Claim, Component
+from methods.term import entries, of
 
 SEEDED = True
-USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms")
-HIDDEN = True  # student and teacher must have the same layers and width
-EPSILON = 2.0**-7
+USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms", "methods.term")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Distilling):
+class Config(Softening):
     """The shared recipe, the three weights, and upstream's slip as a flag."""
 
     # weight of the cross-entropy on the labels (1 in the released script)
@@ -51,9 +44,11 @@ class Config(Distilling):
     kl_labels: Literal["shifted", "unshifted"] = "shifted"
 
     def __post_init__(self) -> None:
-        """Something has to be minimised."""
+        """One teacher, something to be minimised, and a teacher that has what it is asked for."""
+        super().__post_init__()
         if self.cross_entropy == self.kl == self.squarehead == 0:
             raise AssayError("distill.squarehead: all three weights are 0; set one of them above 0.")
+        refuse_terms("distill.squarehead", self, entries(terms(self)))
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -79,40 +74,12 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
-def loss(config: Config, student: Any, teacher: Any, batch: DistillBatch) -> Terms:
+def terms(config: Config) -> dict[str, Component]:
     """``cross_entropy``, ``kl`` and ``squarehead.1`` ... ``squarehead.L``, each where its weight is not 0."""
-    part = batch.train
-    hidden = config.squarehead > 0
-    outputs, wanted = forward(student, part, hidden), frozen(teacher, part, hidden)
-    terms: dict[str, Term] = {}
-    if config.cross_entropy > 0:
-        terms["cross_entropy"] = answer_nll(part, outputs, config.cross_entropy)
-    if config.kl > 0:
-        terms["kl"] = kl_term(config, part, wanted, outputs)
-    if hidden:
-        layers = zip(wanted.hidden_states or (), outputs.hidden_states or (), strict=True)
-        for layer, (target, state) in enumerate(layers):
-            if layer > 0:  # 0 is the embedding's output
-                terms[f"squarehead.{layer}"] = layer_term(part, target, state, config.squarehead)
-    return terms
-
-
-def kl_term(config: Config, part: Part, wanted: Outputs, outputs: Outputs) -> Term:
-    """The forward KL over answer tokens, times T**2; with upstream's positions where that is asked for."""
-    weight = config.kl * config.temperature**2
-    if config.kl_labels == "shifted":
-        return answer_kl(part, wanted, outputs, config.temperature, weight)
-    late = part.labels != -100
-    values = kl_divergence(wanted.all_logits[late], outputs.all_logits[late], config.temperature)
-    return Term(values.sum(), float(late.sum()), weight)
-
-
-def layer_term(part: Part, target: Tensor, state: Tensor, weight: float) -> Term:
-    """One layer's distance over the teacher's energy, both [B,T,H] summed over positions that are not padding.
-
-    mean(d**2) / (mean(t**2) + eps) = sum(d**2) / (sum(t**2) + n * eps): both sums add up over micro-batches.
-    """
-    attended = part.attention_mask.bool()
-    target = widen(target)[attended]
-    error = (widen(state)[attended] - target).square().sum()
-    return Term(error, float(target.square().sum()) + EPSILON * target.numel(), weight)
+    positions = "answers" if config.kl_labels == "shifted" else "unshifted"
+    found = {
+        "cross_entropy": of("cross_entropy", weight=config.cross_entropy),
+        "kl": of("forward_kl", weight=config.kl, temperature=config.temperature, positions=positions),
+        "squarehead": of("squarehead", weight=config.squarehead),
+    }
+    return {name: term for name, term in found.items() if term.options["weight"] > 0}

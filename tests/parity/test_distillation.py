@@ -1,178 +1,238 @@
-"""Distillation losses against the authors' code: value and gradients.
+"""Forward KL in all the ways its sources write it, and what is mixed with it, against their code: value and gradients.
 
 Run with ``pytest tests/parity/test_distillation.py``. ``cases.json`` names each case's arrays, options, origin,
 precision and tolerance. Official float32 cases with an own float64 evaluation beside them (``*_f64``) are
-compared in both.
+compared in both. Here it is also made sure that every case is compared in one file, and in one alone.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable
-from types import SimpleNamespace
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from methods.data import Part
-from methods.stage import Parent
+from methods.distill._running import mixture_of
+from methods.distill._sources import Ensemble, Live, places, softened
+from methods.find import catalogue
+from methods.stage import Component, Parent, Terms
 from methods.terms import total
-from tests.parity.cases import Table, agree, arrays, folder, leaf, method
+from tests.parity.cases import agree
+from tests.parity.distillation import (
+    CASES,
+    Case,
+    World,
+    cases,
+    compare,
+    entropy,
+    name_of,
+    precisions,
+    stored,
+    term,
+)
 
-FOLDER = folder("distillation")
-CASES: list[dict[str, Any]] = json.loads((FOLDER / "cases.json").read_text())["cases"]
-# as the data's README states it for float64
-FLOAT64 = {"loss_rtol": 1e-9, "loss_atol": 1e-11, "grad_rtol": 1e-7, "grad_atol": 1e-10}
-# our names of terms where the data stores one on its own, and whether the stored one contains our weight
+# Our names of terms where the data stores one on its own.
 PARTS = {"ce": "cross_entropy", "kldiv": "kl", "kl_T2": "kl", "squarehead": "squarehead"}
-Recipe = tuple[str, dict[str, Any]]
+KINDS = {"prob_mean": "probabilities", "logit_mean": "logits"}
+Options = Mapping[str, Any]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case["case"] for case in CASES])
-def test_loss_equals_the_official_one(case: dict[str, Any]) -> None:
-    full_name, options = recipe(case)
-    module = method(full_name)
-    if options is None:
-        pytest.fail(
-            f"{full_name} exists, but tests/parity/test_distillation.py does not know the options of its cases"
-        )
-    config = module.Config(teacher=Parent("teacher-000000000000"), **options)
-    stored = {name: arrays(FOLDER / case["file"])[key] for name, key in case["arrays"].items()}
-    precisions = [(case["dtype"], "", case["tolerance"])]
-    if "loss_f64" in stored:
-        precisions.append(("float64", "_f64", FLOAT64))
-    for dtype, ending, tolerance in precisions:
-        world = World(getattr(torch, dtype), case["hyper"].get("neg_inf_last_columns", 0))
-        compare(module.loss, config, world, stored, ending, tolerance, entropy_of(case, world))
+# --- what each code asks for ------------------------------------------------------------------------------------
 
 
-class World:
-    """The inputs of all cases in one precision, and the two models made of them."""
-
-    def __init__(self, dtype: torch.dtype, absent: int) -> None:
-        self.stored = arrays(FOLDER / "inputs.npz")
-        self.student = self._logits("student_logits", dtype, absent)
-        self.teacher = self._logits("teacher_logits", dtype, absent).detach()
-        self.student_hidden = leaf(self.stored["student_hidden"], dtype)
-        self.teacher_hidden = leaf(self.stored["teacher_hidden"], dtype).detach()
-        labels = torch.as_tensor(self.stored["labels_hf"])
-        ids = torch.arange(labels.numel()).view_as(labels)
-        mask = torch.as_tensor(self.stored["attention_mask"])
-        self.part = Part(input_ids=ids, attention_mask=mask, labels=labels, name="train")
-
-    def _logits(self, name: str, dtype: torch.dtype, absent: int) -> Tensor:
-        values = self.stored[name].copy()
-        values[..., values.shape[-1] - absent :] = -float("inf")
-        return leaf(values, dtype)
-
-    def models(self) -> tuple[Table, Table]:
-        student = Table(self.student.flatten(0, 1), tuple(self.student_hidden.flatten(1, 2)))
-        return student, Table(self.teacher.flatten(0, 1), tuple(self.teacher_hidden.flatten(1, 2)))
+def plain(hyper: Options) -> dict[str, Component]:
+    return {"kl": term("forward_kl")}
 
 
-def compare(
-    loss: Callable[..., Any],
-    config: Any,
-    world: World,
-    stored: dict[str, Any],
-    ending: str,
-    tolerance: dict[str, float],
-    entropy: Tensor | float,
-) -> None:
-    """Value, stored parts and stored gradients of one case in one precision."""
-    near = {"relative": tolerance["loss_rtol"], "absolute": tolerance["loss_atol"]}
-    student, teacher = world.models()
-    terms = loss(config, student, teacher, SimpleNamespace(train=world.part))
-    value = total(terms)
-    value.backward()
-    if "total" in stored:  # per-token sums and counts, before the division
-        agree(terms["kl"].sum, stored["total"], **near, what="sum over tokens")
-        assert terms["kl"].count == float(stored["count"])
-    for name in {"loss" + ending} & stored.keys():
-        agree(value + entropy, stored[name], **near, what=name)
-    for name in PARTS.keys() & stored.keys():
-        compare_part(name, terms, config, stored[name], near)
-    near = {"relative": tolerance["grad_rtol"], "absolute": tolerance["grad_atol"]}
-    for name, tensor in (
-        ("grad_student_logits", world.student),
-        ("grad_student_hidden", world.student_hidden),
-    ):
-        if name + ending in stored:
-            gradient = tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
-            agree(gradient, stored[name + ending], **near, what=name + ending)
+def unscaled(hyper: Options) -> dict[str, Component]:
+    """trl's, without T**2."""
+    return {"kl": term("forward_kl", temperature=float(hyper["temperature"]), scale_by_temperature=False)}
 
 
-def compare_part(name: str, terms: Any, config: Any, expected: Any, near: dict[str, float]) -> None:
-    """One part of the loss, where it takes part at all; upstream stores it with T**2 and without its weight."""
-    parts = {key: term for key, term in terms.items() if key.partition(".")[0] == PARTS[name]}
-    if parts:
-        squared = config.temperature**2 if PARTS[name] == "kl" else 1.0
-        unweighted = sum(term.sum / term.count for term in parts.values()) * squared
-        agree(unweighted, expected, **near, what=name)
+def mixed(hyper: Options) -> dict[str, Component]:
+    alpha = float(hyper["alpha"])
+    return {
+        "kl": term("forward_kl", weight=alpha, temperature=float(hyper["T"])),
+        "cross_entropy": term("cross_entropy", weight=1 - alpha),
+    }
 
 
-def entropy_of(case: dict[str, Any], world: World) -> Tensor | float:
-    """The teacher's entropy over the answer tokens, which codes that return a cross-entropy leave in."""
-    if case["function"] != "forward_kl":
-        return 0.0
-    log_p = world.teacher[:, :-1][world.part.mask].log_softmax(-1)
-    return -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1).mean()
+def kd_loss(hyper: Options) -> dict[str, Component]:
+    """torchdistill's alpha is the weight of the cross-entropy, and without it there is no T**2; ND's code has only T."""
+    temperature, alpha = float(hyper.get("temperature", hyper.get("T"))), float(hyper.get("alpha", 0.0))
+    weight = float(hyper.get("beta", 1 - alpha)) if "alpha" in hyper else 1.0
+    scaled = "alpha" in hyper or "T" in hyper
+    return {
+        "kl": term("forward_kl", weight=weight, temperature=temperature, scale_by_temperature=scaled),
+        "cross_entropy": term("cross_entropy", weight=alpha),
+    }
 
 
-def recipe(case: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
-    """The method and options a case asks for; None for a method this file has no options of."""
-    for choose in (forward_kl, squarehead):
-        options = choose(case["function"], case["hyper"])
-        if options is not None:
-            return f"distill.{choose.__name__}", options
-    return f"distill.{family(case)}", None
+def everywhere(hyper: Options) -> dict[str, Component]:
+    """Adaptive-Sparse-Trainer's, on packed text."""
+    return {"kl": term("forward_kl", temperature=float(hyper["temperature"]), positions="all")}
 
 
-def forward_kl(function: str, hyper: dict[str, Any]) -> dict[str, Any] | None:
-    """Every way in which the sources write the forward KL with the mean over answer tokens."""
-    if function == "forward_kl":
-        return {}
-    if function == "GKDTrainer.generalized_jsd_loss" and hyper.get("beta") == 0:
-        usual = (
-            hyper.get("reduction") == "batchmean"
-            and "labels" not in hyper
-            and "num_items_in_batch" not in hyper
-        )
-        return {"temperature": hyper["temperature"], "scale_by_temperature": False} if usual else None
+def matryoshka(hyper: Options) -> dict[str, Component]:
+    weight, temperature = float(hyper["soft_target_loss_weight"]), float(hyper["T"])
+    return {
+        "kl": term("forward_kl", weight=weight, temperature=temperature, positions="all"),
+        "cross_entropy": term("cross_entropy", weight=float(hyper["ce_loss_weight"])),
+    }
+
+
+READERS: dict[str, Callable[[Options], dict[str, Component]]] = {
+    "forward_kl": plain,
+    "forward KL to an ensemble teacher": plain,
+    "per-token forward KL": plain,
+    "GKDTrainer.generalized_jsd_loss": unscaled,
+    "(1-alpha)*CE + alpha*T^2*KL": mixed,
+    "KDLoss.forward": kd_loss,
+    "Distill_Model.kl_loss": everywhere,
+    "PcaLlamaDistillationTrainer.compute_loss": matryoshka,
+}
+
+
+def reader(case: Case) -> Callable[[Options], dict[str, Component]] | None:
+    """Who reads the case's options: the name of its function may go on in words."""
+    return next((found for name, found in READERS.items() if case["function"].startswith(name)), None)
+
+
+def claims(case: Case) -> bool:
+    """Whether this file tests the case; of trl's family only what is a plain forward KL."""
+    if case["function"].startswith("GKDTrainer"):
+        hyper = case["hyper"]
+        usual = hyper.get("reduction") == "batchmean" and not {"labels", "num_items_in_batch"} & hyper.keys()
+        return bool(hyper.get("beta") == 0 and usual)
+    return reader(case) is not None
+
+
+# --- the cases --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", cases(claims), ids=name_of)
+def test_loss_equals_the_official_one(case: Case) -> None:
+    read, expected = reader(case), stored(case)
+    assert read is not None
+    for dtype, ending, tolerance in precisions(case):
+        world = World(dtype, case["hyper"].get("neg_inf_last_columns", 0))
+        terms = world.terms(read(case["hyper"]), source_of(case, world))
+        # DistiLLM's value is a cross-entropy: it has the teacher's entropy in it.
+        plus = entropy(world) if case["function"] == "forward_kl" else 0.0
+        compare(terms, world, expected, ending, tolerance, plus=plus)
+
+
+def source_of(case: Case, world: World) -> Any:
+    """The teacher, or the ensemble that the case names."""
+    mode = case["hyper"].get("mode")
+    if mode not in KINDS:
+        return None
+    return Ensemble([Live(member) for member in world.ensemble()], KINDS[mode])
+
+
+@pytest.mark.parametrize(
+    "case", cases(lambda case: claims(case) and "per_token" in case["arrays"]), ids=name_of
+)
+@pytest.mark.parametrize("block_tokens", [1, 3, None])
+def test_each_token_and_their_sum_equal_the_stored_ones(case: Case, block_tokens: int | None) -> None:
+    expected, world = stored(case), World(getattr(torch, case["dtype"]))
+    near = {"relative": case["tolerance"]["loss_rtol"], "absolute": case["tolerance"]["loss_atol"]}
+    mask = torch.as_tensor(expected["mask"]).bool()
+    assert places(world.part).index.tolist() == mask.flatten().nonzero().squeeze(1).tolist()
+    found = world.terms(plain({}), block_tokens=block_tokens)["kl"]
+    agree(found.sum, expected["total"], **near, what="sum over tokens")
+    assert found.count == float(expected["count"])
+    module = catalogue().component("term", "forward_kl").load()
+    log_p, log_q = (softened(logits, 1.0) for logits in (world.teacher, world.student))
+    values = module.divergence(module.Config(), log_p.flatten(0, 1), log_q.flatten(0, 1))
+    stored_values = torch.as_tensor(expected["per_token"]).flatten()[mask.flatten()]
+    agree(values[mask.flatten()], stored_values, **near, what="per token")
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method of the family and its options."""
+
+    name: str
+    options: dict[str, Any]
+
+    def terms(self, world: World) -> Terms:
+        method = catalogue().method(f"distill.{self.name}").load()
+        config = method.Config(teacher=Parent("teacher-000000000000"), **self.options)
+        return mixture_of(method, config).terms(world.models()[0], world.source(), world.batch())
+
+
+def recipe(case: Case) -> Recipe | None:
+    """The method that does the same as the code of a case; None where none does."""
+    function, hyper = case["function"], case["hyper"]
     if function.startswith("(1-alpha)*CE + alpha*T^2*KL"):
-        return {"alpha": hyper["alpha"], "temperature": hyper["T"]}
-    if function == "KDLoss.forward":
-        # torchdistill's alpha is the weight of the cross-entropy, and without it there is no T**2; ND's code has only T
-        temperature = float(hyper.get("temperature", hyper.get("T")))
-        scaled = {"scale_by_temperature": "alpha" in hyper or "T" in hyper}
-        return {"alpha": 1.0 - hyper.get("alpha", 0.0), "temperature": temperature} | scaled
-    if function.startswith("per-token forward KL"):
-        return {}
-    return None
-
-
-def squarehead(function: str, hyper: dict[str, Any]) -> dict[str, Any] | None:
-    """The official total (with its KL one position late), its KL alone on the right positions, and the layer mean."""
+        return Recipe("forward_kl", {"alpha": float(hyper["alpha"]), "temperature": float(hyper["T"])})
     if function == "KnowledgeDistillation.apply":
         names = {"cross_entropy": "hardness_ce", "kl": "hardness_kldiv", "squarehead": "hardness_squarehead"}
         weights = {name: float(hyper[key]) for name, key in names.items()}
-        return weights | {"temperature": float(hyper["temperature"]), "kl_labels": "unshifted"}
+        return Recipe(
+            "squarehead", weights | {"temperature": float(hyper["temperature"]), "kl_labels": "unshifted"}
+        )
     if function == "kldiv_loss":
-        return {
-            "cross_entropy": 0.0,
-            "kl": 1.0,
-            "squarehead": 0.0,
-            "temperature": float(hyper["temperature"]),
-        }
-    if function == "squarehead_mean":
-        layers = arrays(FOLDER / "inputs.npz")["student_hidden"].shape[0] - 1
-        return {"cross_entropy": 0.0, "kl": 0.0, "squarehead": 1.0 / layers}
+        weights = {"cross_entropy": 0.0, "kl": 1.0, "squarehead": 0.0}
+        return Recipe("squarehead", weights | {"temperature": float(hyper["temperature"])})
     return None
 
 
-def family(case: dict[str, Any]) -> str:
-    """A word for a method that is not here, made of the case's name without its options."""
-    return re.sub(r"[^a-z0-9]+", "_", re.split(r"_(?=[a-zA-Z]+\d*\.?\d)", case["case"])[0].lower()).strip("_")
+@pytest.mark.parametrize("case", cases(lambda case: recipe(case) is not None), ids=name_of)
+def test_a_recipe_equals_the_official_loss(case: Case) -> None:
+    chosen, expected = recipe(case), stored(case)
+    assert chosen is not None
+    for dtype, ending, tolerance in precisions(case):
+        world = World(dtype)
+        terms = chosen.terms(world)
+        compare(terms, world, expected, ending, tolerance)
+        for name in PARTS.keys() & expected.keys():
+            compare_part(name, terms, chosen.options["temperature"], expected[name], tolerance)
+
+
+def compare_part(
+    name: str, terms: Terms, temperature: float, expected: Any, tolerance: Mapping[str, float]
+) -> None:
+    """A part that is stored on its own, where it takes part at all: without our weight, but with T**2."""
+    near = {"relative": tolerance["loss_rtol"], "absolute": tolerance["loss_atol"]}
+    means = [part.sum / part.count for key, part in terms.items() if key.partition(".")[0] == PARTS[name]]
+    if means:
+        squared = temperature**2 if PARTS[name] == "kl" else 1.0
+        agree(sum(means[1:], start=means[0]) * squared, expected, **near, what=name)
+
+
+# --- all cases --------------------------------------------------------------------------------------------------
+
+
+def claimants() -> list[ModuleType]:
+    """The test files that claim cases."""
+    names = sorted(path.stem for path in Path(__file__).parent.glob("test_distillation*.py"))
+    found = [importlib.import_module(f"tests.parity.{name}") for name in names]
+    return [module for module in found if hasattr(module, "claims")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_every_case_is_compared_in_one_file(case: Case) -> None:
+    found = [module.__name__ for module in claimants() if module.claims(case)]
+    if not found:
+        pytest.skip(f"not built yet: {case['function']}")
+    assert len(found) == 1, found
+
+
+def test_a_fully_masked_part_adds_nothing() -> None:
+    world = World(torch.float64)
+    chosen = [term("forward_kl"), term("cross_entropy")]
+    value = total(world.terms(chosen, batch=world.batch(world.masked())))
+    value.backward()
+    assert value == 0
+    assert world.student.grad is not None
+    assert not world.student.grad.any()
