@@ -465,6 +465,7 @@ SECOND: dict[str, Change] = {
         f"distill.{name}:prompt_tokens": Change(9, {"data": "authors/text[0:20]"})
         for name in ("gkd", "distillm", "minillm", "mgsr")
     },
+    "distill.mgsr:corrections": Change(0),
     "distill.distillm:capacity": Change(4, {"threshold": 1.0}),
     "distill.distillm:tolerance": Change(5.0),
     "distill.minillm:passes": Change(2, {"rollouts": 8}),
@@ -1179,7 +1180,7 @@ def literals(hint: Any) -> tuple[Any, ...]:
 
 
 def host(component: Found) -> Found:
-    """A method that takes the component: that of it or its kind in ``HOST``, ``train.sft`` where it does, or the first."""
+    """A method that takes the component: its own or its kind's in ``HOST``, else ``train.sft``, else the first."""
     wanted = HOST.get(component.name, HOST.get(component.family, "train.sft"))
     methods = sorted(catalogue().methods.values(), key=lambda found: found.name != wanted)
     return next(found for found in methods if slot(found, component.family) is not None)
@@ -1206,7 +1207,7 @@ def run_component(
 
 
 def _teacher(found: Found, parent: str) -> dict[str, Value]:
-    """Another model than the parent for a term that asks a teacher. What needs the student's own text is not run here."""
+    """Another model than the parent for a term that asks a teacher; what needs the student's own text is skipped."""
     if found.family != "term":
         return {}
     if getattr(found.load(), "SAMPLED", False):

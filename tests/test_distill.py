@@ -16,11 +16,13 @@ from torch import Tensor
 from methods.checkpoint import load_tokenizer
 from methods.data import Part, Style, byte_bpe
 from methods.distill import check_teacher, cut, run
-from methods.distill._running import mixture_of
+from methods.distill._mixture import Mixture
+from methods.distill._running import mixture_of, together
 from methods.distill._sources import Live
 from methods.find import catalogue
 from methods.gradient import Gradient
-from methods.stage import AssayError, Component, Parent
+from methods.loop import Adaptive
+from methods.stage import AssayError, Component, Parent, Term
 from methods.term import of
 from methods.terms import kl_divergence, total
 from tests.parity.cases import Table
@@ -457,8 +459,6 @@ def test_several_teachers_that_are_one_teach_as_one(pair: tuple[Path, Path], tmp
 def test_the_teacher_stays_in_evaluation_mode_and_out_of_the_student(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from methods.distill._mixture import Mixture
-
     seen = []
     usual = Mixture.terms
 
@@ -479,8 +479,6 @@ def test_the_teacher_stays_in_evaluation_mode_and_out_of_the_student(
 def test_across_tokenizers_the_batch_has_the_rows_in_the_teachers_tokens(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from methods.distill._mixture import Mixture
-
     student, _ = pair
     teacher = reworded(student, tmp_path / "teacher")
     with pytest.raises(AssayError, match=r"with another one the term uld\(\)"):
@@ -530,3 +528,54 @@ def curve_terms(path: Path) -> dict[str, list[float]]:
         if term not in ("learning_rate", "gradient_norm"):
             found.setdefault(term, []).append(float(value))
     return found
+
+
+def test_a_method_with_a_loss_of_its_own_gets_both_models_cut_to_one_vocabulary(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    student, teacher = pair
+
+    def loss(config: Any, model: Any, taught_by: Any, batch: Any) -> Any:
+        part = batch.train
+        with torch.no_grad():
+            wanted = taught_by(input_ids=part.input_ids, attention_mask=part.attention_mask).logits
+        found = model(input_ids=part.input_ids, attention_mask=part.attention_mask).logits
+        values = kl_divergence(wanted, found)[:, :-1][part.mask]
+        return {"own": Term(values.sum(), part.tokens)}
+
+    config = config_of("forward_kl", **recipe(3))
+    run(make_stage(student, tmp_path, config, teacher=teacher), SimpleNamespace(loss=loss))
+    own = curve_terms(tmp_path / "result" / "curve.csv")["own"]
+    other = tmp_path / "other"
+    trained_with(student, other, "forward_kl", config, {"teacher": teacher})
+    assert own == pytest.approx(curve_terms(other / "result" / "curve.csv")["kl"], rel=1e-4)
+
+
+def test_a_term_on_whole_batches_is_refused_for_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    student = model_folder(tmp_path / "student", ["a", "b"], 2)
+    stage = make_stage(student, tmp_path, mixed(of("dist")), teacher=student)
+    with pytest.raises(AssayError, match="so one process has to see them all"):
+        run(stage, method("mix"))
+
+
+def test_numbers_of_terms_and_of_their_method_change_together() -> None:
+    def adaptive(name: str, factor: float) -> Adaptive:
+        return Adaptive({name: 1.0}, lambda values, means, step: {name: values[name] * factor * means["m"]})
+
+    both = together(adaptive("one", 2.0), adaptive("other", 3.0))
+    assert both is not None
+    assert both.start == {"one": 1.0, "other": 1.0}
+    assert both.after({"one": 5.0, "other": 7.0}, {"m": 1.0}, 0) == {"one": 10.0, "other": 21.0}
+    assert together(None, None) is None
+
+
+def test_each_of_two_terms_of_a_kind_has_its_own_numbers() -> None:
+    numbers = Mixture([of("taid", t_start=0.2), of("taid", t_start=0.4)]).adaptive(10)
+    assert numbers is not None
+    assert (numbers.start["taid.t"], numbers.start["taid.2.t"]) == (0.2, 0.4)
+    after = numbers.after(numbers.start, {"taid": 1.0, "taid.2": 1.0}, 5)
+    assert after.keys() == numbers.start.keys()
+    assert after["taid.2.t"] > after["taid.t"] > 0.2

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from math import log
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +14,19 @@ import torch
 
 from methods.checkpoint import load_model
 from methods.data import Part
-from methods.distill._projections import Projections, Truncation, cayley, narrowed, principal
-from methods.stage import AssayError
+from methods.distill import matryoshka_kv
+from methods.distill._projections import Projections, Truncation, cayley, narrowed, principal, read
+from methods.distill._shared_keys import Kept, SharedKeys, refuse_unshareable
+from methods.distill.lingu_distill import marks_of
+from methods.find import catalogue
+from methods.stage import AssayError, Interrupted
+from methods.term import Tokens, selective
 from methods.term._attention import Attended, attending, recorded
+from methods.terms import kl_divergence
+from tests import generic
 from tests.small_models import llama, ragged
+from tests.test_sparse_distillation import stop_at
+from workflows.notation import Call, Name
 
 
 def padded() -> Part:
@@ -171,3 +183,234 @@ def test_a_model_without_attention_in_a_layer_is_refused() -> None:
     config = PrunedLlamaConfig(**whole, layer_num_heads=[[4, 2], [0, 0], [4, 2]])
     with pytest.raises(AssayError, match="layer 1 of the model has no attention"):
         principal(PrunedLlamaForCausalLM(config), [padded()])
+
+
+def stage(**options: Any) -> generic.Outcome:
+    usual: dict[str, Any] = {"batch": 18, "calibration": 18, "ranks": (0.5,), "keep": 0.5}
+    return generic.run("distill.matryoshka_kv", **usual | options)
+
+
+def rates(learning_rate: float) -> Call:
+    return Call("adamw", (("learning_rate", learning_rate),))
+
+
+def divergence(folder: Path) -> float:
+    """Nats per position between the whole model and one with projections."""
+    part = generic.part_of(folder, generic.DATA)
+    with torch.no_grad():
+        wanted, found = (
+            load_model(each, device="cpu")(
+                input_ids=part.input_ids, attention_mask=part.attention_mask
+            ).logits
+            for each in (generic.world().parents["whole"], folder)
+        )
+    return float(kl_divergence(wanted, found).mean())
+
+
+def test_training_makes_the_kept_coordinates_worth_more_than_principal_components() -> None:
+    shared: dict[str, Any] = {"teacher": Name("whole"), "kl": 1.0, "cross_entropy": 0.0, "check": False}
+    start = stage(steps=1, optimizer=rates(1e-9), **shared)
+    trained = stage(steps=15, optimizer=rates(0.03), **shared)
+    assert divergence(trained.folder / "model") < 0.8 * divergence(start.folder / "model")
+
+
+def test_the_written_model_has_its_parents_weights_and_a_narrower_cache() -> None:
+    outcome = stage(steps=3)
+    before = generic.tensors(generic.world().parents["whole"])
+    assert all(torch.equal(outcome.weights[name], weight) for name, weight in before.items())
+    model = load_model(outcome.folder / "model", device="cpu")
+    assert model.config.model_type == "projected_llama"
+    with torch.no_grad():
+        cache = model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+    width = model.config.head_dim
+    assert cache.layers[0].keys.shape[-1] == width // 2
+    assert outcome.notes["kv_cache_share"] == 0.5
+    bases = read(outcome.folder / "model")
+    assert torch.equal(bases.key_basis(0)[..., : width // 2], model.model.layers[0].self_attn.key_basis)
+
+
+def test_zeros_of_a_pruned_parent_stay_and_kept_steps_are_narrow_too() -> None:
+    outcome = stage(steps=3, parent="sparse", checkpoints=(2,))
+    before = generic.tensors(generic.world().parents["sparse"])
+    assert all(torch.equal(outcome.weights[name], weight) for name, weight in before.items())
+    kept = load_model(outcome.folder / "model@2", device="cpu")
+    assert kept.config.model_type == "projected_llama"
+    assert not torch.equal(
+        kept.model.layers[0].self_attn.value_mean,
+        load_model(outcome.folder / "model", device="cpu").model.layers[0].self_attn.value_mean,
+    )
+
+
+@pytest.mark.parametrize("name", ["distill.matryoshka_kv", "distill.lingu_distill"])
+def test_a_stopped_run_goes_on_where_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"steps": 6, "check": False}
+    whole = generic.run(name, **options)
+    stop_at(4, monkeypatch)
+    with pytest.raises(Interrupted):
+        generic.run(name, **options)
+    (generic.world().fresh() / "result").rmdir()
+    again = generic.run(name, **options)
+    assert again.notes["resumed_from_step"] == 4
+    assert again.same_weights(whole)
+    assert again.curve == whole.curve
+
+
+@pytest.mark.parametrize("name", ["distill.matryoshka_kv", "distill.lingu_distill"])
+def test_activations_that_are_computed_twice_attend_the_same(name: str) -> None:
+    """What shortens or keeps keys and values is at work in the backward pass, too."""
+    options: dict[str, Any] = {"steps": 3, "check": False}
+    plain = generic.run(name, **options)
+    again = generic.run(name, gradient_checkpointing=True, **options)
+    assert again.same_weights(plain, tolerance=1e-6)
+
+
+def test_what_matryoshka_kv_cannot_do_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    for options, sentence in (
+        ({"cross_entropy": 0.0, "kl": 0.0}, "both 0"),
+        ({"ranks": ()}, "ranks is empty"),
+        ({"adapter": Call("lora")}, "leave out the adapter"),
+        ({"keep_zeros": False}, "leave out keep_zeros"),
+    ):
+        with pytest.raises(AssayError, match=sentence):
+            generic.resolved(
+                catalogue().method("distill.matryoshka_kv"), {"teacher": Name("other"), **options}
+            )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
+    asked: Any = SimpleNamespace(parents={"model": tmp_path})
+    with pytest.raises(AssayError, match="this one is of type gpt2"):
+        matryoshka_kv.run(asked)
+
+
+# --- LinguDistill -----------------------------------------------------------------------------------------------
+
+
+def shared(student: Any, teacher: Any, part: Part) -> torch.Tensor:
+    """The teacher's logits at the positions that are no padding, behind the student's keys and values."""
+    kept = Kept(student)
+    source = SharedKeys(teacher, None, kept)
+    with kept.hiding(0):
+        logits(student, part)
+        look = source.look(part)
+        return look.logits()[part.attention_mask.bool()]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("heads", [4, 2, 1])
+def test_a_teacher_that_shares_with_itself_says_what_it_says_alone(heads: int, attention: str) -> None:
+    """With padding, and with keys that one or several queries share."""
+    model = llama(num_key_value_heads=heads, attn_implementation=attention)
+    other, part = llama(num_key_value_heads=heads, attn_implementation=attention), padded()
+    assert torch.allclose(shared(other, model, part), logits(model, part), atol=1e-5)
+
+
+def test_a_student_with_other_weights_changes_what_the_teacher_says() -> None:
+    teacher, student, part = llama(), llama(), padded()
+    with torch.no_grad():
+        student.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    alone = logits(teacher, part)
+    found = shared(student, teacher, part)
+    assert not torch.allclose(found, alone, atol=1e-2)
+    assert not torch.allclose(found, logits(student, part), atol=1e-2)
+    assert torch.equal(logits(teacher, part), alone)
+
+
+def test_only_the_keys_and_values_are_the_students() -> None:
+    """Other queries, feed-forward layers and heads of the student leave a one-layer teacher as it is."""
+    teacher, student = llama(num_hidden_layers=1), llama(num_hidden_layers=1)
+    part = padded()
+    with torch.no_grad():
+        student.model.layers[0].self_attn.q_proj.weight.zero_()
+        student.model.layers[0].mlp.up_proj.weight.zero_()
+        student.lm_head.weight.zero_()
+    assert torch.allclose(shared(student, teacher, part), logits(teacher, part), atol=1e-5)
+    with torch.no_grad():
+        student.model.layers[0].self_attn.v_proj.weight.zero_()
+    assert not torch.allclose(shared(student, teacher, part), logits(teacher, part), atol=1e-2)
+
+
+def test_shared_keys_get_no_gradient_and_are_forgotten_after_a_step() -> None:
+    teacher, student, part = llama(), llama(), padded()
+    kept = Kept(student)
+    with kept.hiding(0):
+        student(input_ids=part.input_ids, attention_mask=part.attention_mask)
+        assert all(each is not None and not each.key.requires_grad for each in kept.layers)
+    assert kept.layers == []
+    with pytest.raises(AssayError, match="no keys and values to share"):
+        SharedKeys(teacher, None, kept).look(part)
+
+
+def folder_with(folder: Path, **changes: Any) -> Path:
+    shape = {
+        "model_type": "llama", "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "hidden_size": 32, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    }  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape | changes), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_hidden_layers": 3}, "number of layers is 3 and the student's 4"),
+        ({"num_key_value_heads": 4}, "number of key-value heads is 4 and the student's 2"),
+        ({"head_dim": 16}, "head size is 16 and the student's 8"),
+        (
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+            "rotary embedding is rope_theta=500000.0, rope_type=default and the student's rope_theta=10000.0",
+        ),
+    ],
+)
+def test_a_teacher_of_another_shape_is_refused_from_its_configuration(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    student, teacher = folder_with(tmp_path / "student"), folder_with(tmp_path / "teacher", **changes)
+    with pytest.raises(AssayError, match=sentence):
+        refuse_unshareable(student, teacher)
+
+
+def test_older_and_newer_ways_to_write_the_rotary_embedding_are_one(tmp_path: Path) -> None:
+    old = {"rope_parameters": None, "rope_theta": 10000.0, "rope_scaling": None}
+    refuse_unshareable(folder_with(tmp_path / "student"), folder_with(tmp_path / "teacher", **old))
+    scaled = {
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": None,
+    }
+    new = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 2.0}}
+    refuse_unshareable(folder_with(tmp_path / "a", **scaled), folder_with(tmp_path / "b", **new))
+
+
+def test_a_row_is_distilled_or_trained_on_its_labels_by_hand() -> None:
+    """Teacher 1/4, student 1/2 on the first of two words: KL on marked tokens, log 2 on the others."""
+    both = torch.tensor([[0.5, 0.5]] * 2, dtype=torch.float64).log()
+    wanted = torch.tensor([[0.25, 0.75]] * 2, dtype=torch.float64).log()
+    tokens = Tokens(both, torch.tensor([0, 1]), wanted, extra={selective.MARK: torch.tensor([1.0, 0.0])})
+    found = selective.token_losses(selective.Config(kl=2.0, cross_entropy=3.0), tokens)
+    kl = 0.25 * log(0.25 / 0.5) + 0.75 * log(0.75 / 0.5)
+    assert found["loss"].tolist() == pytest.approx([2 * kl, 3 * log(2)])
+    assert found["forward_kl"].tolist() == pytest.approx([kl, 0.0])
+    assert found["cross_entropy"].tolist() == pytest.approx([0.0, log(2)])
+    unmarked = selective.token_losses(selective.Config(), replace(tokens, extra={}))
+    assert unmarked["loss"].tolist() == pytest.approx([kl, kl])
+
+
+def test_marked_rows_are_distilled_and_the_others_keep_their_task() -> None:
+    marked: dict[str, Any] = {"data": "marked/train", "distilled": "language", "check": False}
+    outcome = generic.run("distill.lingu_distill", **marked)
+    assert outcome.curve.keys() == {"selective", "selective.forward_kl", "selective.cross_entropy"}
+    sums = zip(*(outcome.curve[f"selective.{name}"] for name in ("forward_kl", "cross_entropy")), strict=True)
+    assert outcome.curve["selective"] == pytest.approx([one + other for one, other in sums])
+
+
+def test_a_column_that_marks_no_rows_is_refused() -> None:
+    rows = [{"question": "a", "answer": "b", "language": True}, {"question": "a", "answer": "b"}]
+    assert marks_of(rows[:1], "language") == [True]
+    with pytest.raises(AssayError, match="row 1 of the data needs true or false in the column 'language'"):
+        marks_of(rows, "language")
+    with pytest.raises(AssayError, match="text is cut into windows across them"):
+        marks_of([{"text": "a", "language": True}], "language")
+    with pytest.raises(AssayError, match="row 0 of the data needs true or false"):
+        generic.run("distill.lingu_distill", distilled="language")
+    with pytest.raises(AssayError, match="kl is 0"):
+        generic.resolved(catalogue().method("distill.lingu_distill"), {"teacher": Name("other"), "kl": 0.0})

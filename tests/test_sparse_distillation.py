@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +20,12 @@ from methods.distill._masked_adam import (
     rising,
     straight_through,
 )
+from methods.find import catalogue
 from methods.loop import component
-from methods.progress import pack, unpack
-from methods.stage import AssayError, Component
+from methods.progress import Progress, pack, unpack
+from methods.stage import AssayError, Component, Interrupted
+from tests import generic
+from workflows.notation import Call, Name
 
 
 def layer(weights: list[list[float]]) -> Any:
@@ -76,7 +81,10 @@ def test_weights_without_a_mask_are_trained_as_by_adamw_and_vectors_do_not_decay
     theirs.load_state_dict(ours.state_dict())
     chosen = options(weight_decay=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8)
     optimizer: Any = MaskedAdam(list(ours.named_parameters()), {}, chosen, lambda _: 1.0)
-    groups = [{"params": [theirs.weight], "weight_decay": 0.1}, {"params": [theirs.bias], "weight_decay": 0.0}]
+    groups = [
+        {"params": [theirs.weight], "weight_decay": 0.1},
+        {"params": [theirs.bias], "weight_decay": 0.0},
+    ]
     other = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95))
     for number in range(4):
         for model, each in ((ours, optimizer), (theirs, other)):
@@ -186,3 +194,115 @@ def test_a_pattern_that_does_not_fit_is_refused_by_name() -> None:
 
     with pytest.raises(AssayError, match=r"distill\.ast: pattern 2:7 does not fit model\.layers\.0"):
         masked_layers("distill.ast", llama(), (2, 7))
+
+
+# --- whole stages -------------------------------------------------------------------------------------------
+
+
+def rates(learning_rate: float, **rest: float) -> Call:
+    return Call("adamw", (("learning_rate", learning_rate), *rest.items()))
+
+
+def curve(outcome: generic.Outcome, term: str) -> list[float]:
+    with open(outcome.folder / "curve.csv", encoding="utf-8", newline="") as file:
+        return [float(row["value"]) for row in csv.DictReader(file) if row["term"] == term]
+
+
+def projections(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight for name, weight in weights.items() if "proj" in name}
+
+
+def is_exact(weight: torch.Tensor, removed: int, group: int) -> bool:
+    return bool(((weight.reshape(-1, group) == 0).sum(dim=1) == removed).all())
+
+
+@pytest.mark.parametrize("name", ["distill.ast", "distill.cast"])
+def test_the_written_model_has_the_pattern_exactly(name: str) -> None:
+    outcome = generic.run(name, pattern="2:4", every=2)
+    found = projections(outcome.weights)
+    assert len(found) == 14
+    assert all(is_exact(weight, 2, 4) for weight in found.values())
+    assert curve(outcome, "hidden")[-1] == 0.5
+
+
+@pytest.mark.parametrize("name", ["distill.ast", "distill.cast"])
+def test_zeros_of_the_parent_are_among_those_of_the_pattern(name: str) -> None:
+    outcome = generic.run(name, parent="sparse", pattern="2:4")
+    before = generic.tensors(generic.world().parents["sparse"])
+    for key, weight in projections(outcome.weights).items():
+        assert bool((weight[before[key] == 0] == 0).all()), key
+        assert bool(((weight.reshape(-1, 4) == 0).sum(dim=1) >= 2).all()), key
+
+
+def test_masks_of_ast_flip_less_and_less_while_the_divergence_falls() -> None:
+    shared: dict[str, Any] = {"steps": 24, "batch": 18, "every": 4, "pattern": "2:4", "check": False}
+    outcome = generic.run("distill.ast", optimizer=rates(0.001, beta2=0.95), **shared)
+    drawn = [share for share in curve(outcome, "flipped") if share]
+    assert drawn[0] == 0.5
+    assert drawn[1] > drawn[-1]
+    assert curve(outcome, "forward_kl")[-1] < curve(outcome, "forward_kl")[0]
+
+
+def test_before_cast_writes_its_model_the_masked_weights_are_gone() -> None:
+    """Then hiding them changes the loss by less than a thousandth of a nat."""
+    outcome = generic.run(
+        "distill.cast", steps=40, batch=18, pattern="2:4", every=4, decay=12.0, optimizer=rates(0.003),
+        schedule=Call("constant"), probe=(f"train={generic.DATA}",), check=False,
+    )  # fmt: skip
+    largest = curve(outcome, "largest_masked")
+    assert largest[0] > 0.1
+    assert largest[-1] < 1e-6
+    before = curve(outcome, "probe.train")[-1]
+    assert generic.nll(outcome.folder / "model", generic.DATA) == pytest.approx(before, abs=1e-3)
+    assert all(is_exact(weight, 2, 4) for weight in projections(outcome.weights).values())
+
+
+def test_a_pattern_cut_at_once_would_have_cost_more() -> None:
+    shared: dict[str, Any] = {"steps": 40, "batch": 18, "pattern": "2:4", "every": 4, "check": False}
+    shrunk = generic.run(
+        "distill.cast", decay=12.0, optimizer=rates(0.003), schedule=Call("constant"), **shared
+    )
+    cut = generic.run("distill.cast", decay=0.0, optimizer=rates(0.003), schedule=Call("constant"), **shared)
+    assert curve(cut, "largest_masked")[-1] > 0.1
+    data = generic.DATA
+    assert generic.nll(shrunk.folder / "model", data) < generic.nll(cut.folder / "model", data)
+
+
+@pytest.mark.parametrize("name", ["distill.ast", "distill.cast"])
+def test_a_stopped_run_goes_on_where_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"steps": 6, "every": 2, "optimizer": rates(0.003), "check": False}
+    whole = generic.run(name, **options)
+    stop_at(4, monkeypatch)
+    with pytest.raises(Interrupted):
+        generic.run(name, **options)
+    (generic.world().fresh() / "result").rmdir()
+    again = generic.run(name, **options)
+    assert again.notes["resumed_from_step"] == 4
+    assert again.same_weights(whole)
+    assert again.curve == whole.curve
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop the next run once its state of that step is saved; runs share a folder from here on."""
+    save, folder = Progress.save, generic.world().fresh()
+
+    def stop(self: Progress, step: int, tensors: Any, values: Any) -> None:
+        save(self, step, tensors, values)
+        raise Interrupted("stopped here")
+
+    monkeypatch.setattr(Progress, "due", lambda self, now: now == step and self.load() is None)
+    monkeypatch.setattr(Progress, "save", stop)
+    monkeypatch.setattr(generic.World, "fresh", lambda self: folder)
+
+
+@pytest.mark.parametrize("name", ["distill.ast", "distill.cast"])
+def test_what_cannot_be_is_told_before_anything_runs(name: str) -> None:
+    for options, sentence in (
+        ({"pattern": "4:2"}, 'not of the form "n:m"'),
+        ({"cross_entropy": 0.0, "kl": 0.0}, "are all 0"),
+        ({"adapter": Call("lora")}, "leave out the adapter"),
+    ):
+        with pytest.raises(AssayError, match=sentence):
+            generic.resolved(catalogue().method(name), {"teacher": Name("other"), **options})
+    with pytest.raises(AssayError, match=rf"{name}: pattern 3:7 does not fit model\.layers\.0"):
+        generic.run(name, pattern="3:7")

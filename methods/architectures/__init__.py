@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from methods.stage import AssayError, Component
 
@@ -291,13 +292,22 @@ class HeadBehind:
         hidden = self._hidden
         assert hidden is not None  # the forward pass ran within ``without_head``
         self._hidden = None
+        if hidden.numel() and self.layer not in _UNDERSTOOD:
+            self._refuse_unknown(hidden.detach(), logits.detach())
+            _UNDERSTOOD.add(self.layer)
+        return hidden
+
+    def _refuse_unknown(self, hidden: Tensor, logits: Tensor) -> None:
+        """Whether what the model did to one position is what is repeated here, up to the rounding of its own type."""
+        import torch
+
         row = (0,) * (hidden.ndim - 1)
-        if hidden.numel() and not self._agree(self._behind(hidden[row].detach()), logits[row].detach()):
+        ours, theirs = self._behind(hidden[row]).float(), logits[row].float()
+        if not torch.allclose(ours, theirs, rtol=2e-2, atol=1e-3, equal_nan=True):
             raise AssayError(
                 f"{self.model} changes its logits behind the output layer in a way that is not known here: a loss that "
                 "works block by block cannot repeat it."
             )
-        return hidden
 
     def __call__(self, block: Tensor) -> Tensor:
         """Logits [c,V] of hidden states [c,d], in float32 or wider."""
@@ -314,12 +324,6 @@ class HeadBehind:
         for name, value in self.changes.items():
             logits = BEHIND_THE_HEAD[name](logits, value)
         return logits
-
-    def _agree(self, ours: Tensor, theirs: Tensor) -> bool:
-        """Up to the rounding of the model's own type."""
-        import torch
-
-        return torch.allclose(ours.float(), theirs.float(), rtol=2e-2, atol=1e-3, equal_nan=True)
 
 
 def _soft_capped(logits: Tensor, cap: float) -> Tensor:
@@ -341,6 +345,8 @@ BEHIND_THE_HEAD = {
     "logits_scaling": _divided,
     "lm_head_multiplier": _multiplied,
 }
+# Output layers behind which nothing but that happens: looked at once each, because it makes a card wait.
+_UNDERSTOOD: WeakSet[Any] = WeakSet()
 
 
 # --- cutting -------------------------------------------------------------------------------------------------

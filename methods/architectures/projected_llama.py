@@ -53,7 +53,11 @@ class ProjectedLlamaForCausalLM(LlamaForCausalLM):
 class ProjectedAttention(LlamaAttention):
     """Attention on coordinates of keys and values."""
 
-    def __init__(self, config: ProjectedLlamaConfig, layer_idx: int) -> None:
+    key_basis: Tensor
+    value_basis: Tensor
+    value_mean: Tensor
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         heads, width = config.num_key_value_heads, self.head_dim
         keys, values = config.key_rank or width, config.value_rank or width
@@ -64,41 +68,41 @@ class ProjectedAttention(LlamaAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As in a Llama, up to what is kept and what is made of it."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (
-            projection(hidden_states).view(shape).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        query = self._grouped(query) @ self.key_basis[:, None]
-        key = key @ self.key_basis
-        value = (value - self.value_mean[:, None]) @ self.value_basis
+    ) -> Any:
+        """As in a Llama, but for what is kept of keys and values and what is made of it."""
+        assert position_embeddings is not None  # the decoder makes them once for all of its layers
+        query, key, value = self._coordinates(hidden_states, position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self,
-            query.flatten(1, 2),
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=self.scaling,
-            **options,
-        )
-        output = self._grouped(output.transpose(1, 2)) @ self.value_basis.mT[:, None]
-        output = (output + self.value_mean[:, None, None]).flatten(1, 2).transpose(1, 2)
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        options |= {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        output, weights = attend(self, query, key, value, attention_mask, **options)
+        return self.o_proj(self._restored(output).flatten(-2)), weights
 
-    def _grouped(self, states: Tensor) -> Tensor:
-        """[B, query heads, T, r] as [B, key-value heads, query heads of each, T, r]."""
-        return states.unflatten(1, (len(self.key_basis), -1))
+    def _coordinates(
+        self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, query heads, T, key rank], keys [B,H,T,key rank] and values [B,H,T,value rank]."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *rotation)
+        query = (self._grouped(query, 1) @ self.key_basis[:, None]).flatten(1, 2)
+        return query, key @ self.key_basis, (value - self.value_mean[:, None]) @ self.value_basis
+
+    def _restored(self, output: Tensor) -> Tensor:
+        """Outputs [B,T,query heads,head size] from their coordinates [B,T,query heads,value rank]."""
+        grouped = self._grouped(output, 2)
+        return (grouped @ self.value_basis.mT + self.value_mean[:, None]).flatten(2, 3)
+
+    def _grouped(self, states: Tensor, dimension: int) -> Tensor:
+        """The query heads in that dimension as key-value heads, and query heads of each."""
+        return states.unflatten(dimension, (len(self.key_basis), -1))

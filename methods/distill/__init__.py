@@ -50,7 +50,6 @@ from methods.stage import (
     Schedule,
     Stage,
     TeacherOutputs,
-    Terms,
 )
 from methods.term import Entry, entries
 

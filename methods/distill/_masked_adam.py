@@ -144,7 +144,10 @@ class MaskedAdam(Optimizer):
         decay: Callable[[int], float],
     ) -> None:
         groups = [
-            {"params": [weight for _, weight in named if weight.ndim >= 2], "weight_decay": options.weight_decay},
+            {
+                "params": [weight for _, weight in named if weight.ndim >= 2],
+                "weight_decay": options.weight_decay,
+            },
             {"params": [weight for _, weight in named if weight.ndim < 2], "weight_decay": 0.0},
         ]
         usual = {
@@ -163,7 +166,7 @@ class MaskedAdam(Optimizer):
         return {"masked_decay": self._last}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One update from the gradients as they are; a ``closure`` is not asked for a loss."""
         for group in self.param_groups:
             for weight in group["params"]:

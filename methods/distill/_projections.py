@@ -75,19 +75,22 @@ class Projections(nn.Module):
 
     def shortened(self, layer: int, attended: Attended, keys: Tensor, values: Tensor) -> Attended:
         """What a layer attends with when of each head's keys and values [H] coordinates are kept."""
+        # In bfloat16 a projection would not even leave alone what it keeps.
+        with torch.autocast(self.value_mean.device.type, enabled=False):
+            key, value = _onto(self.key_basis(layer), keys), _onto(self.value_basis(layer), values)
         mean = self.value_mean[layer][:, None].to(attended.value.dtype)
         return replace(
             attended,
-            key=_kept(attended.key, self.key_basis(layer), keys),
-            value=mean + _kept(attended.value - mean, self.value_basis(layer), values),
+            key=attended.key @ key.to(attended.key.dtype),
+            value=mean + (attended.value - mean) @ value.to(attended.value.dtype),
         )
 
 
-def _kept(states: Tensor, basis: Tensor, ranks: Tensor) -> Tensor:
-    """States [B,H,T,d] from their first coordinates alone; ``ranks`` [H] says how many."""
+def _onto(basis: Tensor, ranks: Tensor) -> Tensor:
+    """The projections [H,d,d] on the first columns of bases [H,d,d]; ``ranks`` [H] says how many."""
     first = torch.arange(basis.shape[-1], device=basis.device) < ranks[:, None].to(basis.device)
     chosen = basis * first[:, None]
-    return states @ (chosen @ chosen.mT).to(states.dtype)
+    return chosen @ chosen.mT
 
 
 # --- the start: principal components -----------------------------------------------------------------------------
@@ -134,7 +137,9 @@ def principal(model: Any, parts: Sequence[Part]) -> Projections:
     model.train(training)
     absent = [number for number, (keys, _) in enumerate(moments) if keys.count == 0]
     if absent:
-        raise AssayError(f"layer {absent[0]} of the model has no attention, so nothing of it can be projected.")
+        raise AssayError(
+            f"layer {absent[0]} of the model has no attention, so nothing of it can be projected."
+        )
     keys, values = (torch.stack([pair[place].basis() for pair in moments]).float() for place in (0, 1))
     mean = torch.stack([values.mean for _, values in moments]).float()
     return Projections(keys.contiguous(), values.contiguous(), mean)

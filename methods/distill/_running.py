@@ -110,7 +110,7 @@ def _train(
         config,
         batches,
         lambda model, batch: mixture.terms(model, setting.source, batch),
-        adaptive=_together(mixture.adaptive(setting.steps), own("adaptive")),
+        adaptive=together(mixture.adaptive(setting.steps), own("adaptive")),
         optimizer=own("optimizer", masking),
         masking=masking,
         companions=setting.companions,
@@ -118,7 +118,7 @@ def _train(
     )
 
 
-def _together(one: loop.Adaptive | None, other: loop.Adaptive | None) -> loop.Adaptive | None:
+def together(one: loop.Adaptive | None, other: loop.Adaptive | None) -> loop.Adaptive | None:
     """The changing numbers of the terms and of the method."""
     if one is None or other is None:
         return one or other

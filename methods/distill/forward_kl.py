@@ -9,8 +9,8 @@ Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network".
 (``scale_by_temperature=False``), and the latter returns the cross-entropy -sum p log q: another value with the same
 gradient.
 
-The two terms are ``methods/term/forward_kl.py`` and ``methods/term/cross_entropy.py``; ``distill.mix`` has them with any
-weights, beside others.
+The two terms are ``methods/term/forward_kl.py`` and ``methods/term/cross_entropy.py``; ``distill.mix`` has them with
+any weights, beside others.
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ class Config(distill.Taught):
     def __post_init__(self) -> None:
         """Keys and values are those of the model's own weights."""
         if self.kl == 0:
-            raise AssayError("distill.lingu_distill: kl is 0, so the teacher teaches nothing; use distill.cross_entropy.")
+            raise AssayError(
+                "distill.lingu_distill: kl is 0, so the teacher teaches nothing; use distill.cross_entropy."
+            )
 
 
 def terms(config: Config) -> tuple[Component, ...]:
@@ -108,8 +110,8 @@ def marks_of(rows: Sequence[Mapping[str, Any]], column: str) -> list[bool]:
     for number, row in enumerate(rows):
         if "question" not in row:
             raise AssayError(
-                f"distilled={column!r} marks rows, and text is cut into windows across them: give rows with the columns "
-                "question and answer."
+                f"distilled={column!r} marks rows, and text is cut into windows across them: give rows with the "
+                "columns question and answer."
             )
         if not isinstance(row.get(column), bool):
             found = "it is missing" if column not in row else f"it is {row[column]!r}"

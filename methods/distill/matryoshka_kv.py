@@ -10,11 +10,11 @@ U and V start from the principal components of keys and values on some rows and 
 draws another r from ``ranks`` for every layer and head, of keys and of values apart, so that the coordinates get an
 order. Only the bases and the means of the values are trained; the model's weights stay as they are, zeros included.
 
-The written ``model/`` is a ``projected_llama`` (``methods.architectures.projected_llama``): the parent's weights with the
-bases cut to the share ``keep``. Its cache holds that share of a key and value, it is scored like any other model, and
-the note ``kv_cache_share`` says what is kept. The whole bases are in ``companions/projections.safetensors`` beside it, from
-which models of other ranks can be cut. A projection before the rotary embedding could be multiplied into the weights
-of a plain Llama; it would be another method, and fill the zeros of a pruned one.
+The written ``model/`` is a ``projected_llama`` (``methods.architectures.projected_llama``): the parent's weights with
+the bases cut to the share ``keep``. Its cache holds that share of a key and value, it is scored like any other model,
+and the note ``kv_cache_share`` says what is kept. The whole bases are in ``companions/projections.safetensors`` beside
+it, from which models of other ranks can be cut. A projection before the rotary embedding could be multiplied into the
+weights of a plain Llama; it would be another method, and fill the zeros of a pruned one.
 
 Where this differs from the code (The-kamisato/MatryoshkaKV-cache): there is one basis for each key-value head and not
 for each query head, because the cache has one key for all query heads of a group; the mean of the keys is left out,
@@ -81,11 +81,17 @@ class Config(distill.Taught):
     def __post_init__(self) -> None:
         """Something to minimise and to draw from; the model's own weights are not trained."""
         if self.cross_entropy == self.kl == 0:
-            raise AssayError("distill.matryoshka_kv: cross_entropy and kl are both 0; set one of them above 0.")
+            raise AssayError(
+                "distill.matryoshka_kv: cross_entropy and kl are both 0; set one of them above 0."
+            )
         if not self.ranks:
-            raise AssayError("distill.matryoshka_kv: ranks is empty; give at least one share, such as ranks=[0.5, 1.0].")
+            raise AssayError(
+                "distill.matryoshka_kv: ranks is empty; give at least one share, such as ranks=[0.5, 1.0]."
+            )
         if self.adapter is not None:
-            raise AssayError("distill.matryoshka_kv trains projections and no weights: leave out the adapter.")
+            raise AssayError(
+                "distill.matryoshka_kv trains projections and no weights: leave out the adapter."
+            )
         if not self.keep_zeros:
             raise AssayError(
                 "distill.matryoshka_kv leaves all weights as they are, zeros included: leave out keep_zeros=False."

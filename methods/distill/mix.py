@@ -1,6 +1,6 @@
 """Any mixture of distillation terms, each with its weight.
 
-    L = sum_k weight_k * term_k              distill.mix(teacher=target, terms=[forward_kl(temperature=2.0), squarehead()])
+    L = sum_k weight_k * term_k            distill.mix(teacher=target, terms=[forward_kl(temperature=2.0), squarehead()])
 
 Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" mixes a divergence from the teacher with the
 cross-entropy on the labels, (1 - alpha) * CE + alpha * T**2 * KL; here each term has its own weight, and ``curve.csv``

@@ -239,6 +239,7 @@ class _Work:
         found = entry.module.token_losses(entry.config, self._tokens(pull, block))
         if isinstance(found, Tensor):
             return {entry.name: found}
+        assert "loss" in found, f"{entry.name}: token_losses must return the term itself under the name loss"
         return {entry.name if key == "loss" else f"{entry.name}.{key}": value for key, value in found.items()}
 
     def _tokens(self, pull: Pull, block: _Block) -> Tokens:
@@ -275,7 +276,7 @@ class _Block:
         return self._teacher
 
     def pair(self, temperature: float, rest: Rest = "tail") -> tuple[Tensor, Tensor]:
-        """Log-probabilities of teacher and student [c,V]; where the teacher gave its largest entries, see ``buckets``."""
+        """Log-probabilities of teacher and student [c,V]; of a teacher's largest entries alone as in ``buckets``."""
         assert self._said is not None
         log_q = self._student(temperature)
         top = self._said.top(self.rows, temperature)

@@ -31,8 +31,8 @@ class Config(Softened):
     # multiply the weight by temperature**2, as Hinton et al. do; the logged value stays without it
     scale_by_temperature: bool = True
     # where the teacher's largest entries alone were recorded, what becomes of the others: tail: one bucket for them on
-    # both sides, at most the whole divergence; renormalised: the teacher divided by the mass of its largest, too sure of
-    # them; raw: left out, which may be negative
+    # both sides, at most the whole divergence; renormalised: the teacher divided by the mass of its largest, and too
+    # sure of them; raw: left out, which may be negative
     rest: Literal["tail", "renormalised", "raw"] = "tail"
 
 

@@ -63,7 +63,7 @@ def mixed(hyper: Options) -> dict[str, Component]:
 
 
 def kd_loss(hyper: Options) -> dict[str, Component]:
-    """torchdistill's alpha is the weight of the cross-entropy, and without it there is no T**2; ND's code has only T."""
+    """torchdistill's alpha is the weight of the cross-entropy, without which there is no T**2; ND's code has only T."""
     temperature, alpha = float(hyper.get("temperature", hyper.get("T"))), float(hyper.get("alpha", 0.0))
     weight = float(hyper.get("beta", 1 - alpha)) if "alpha" in hyper else 1.0
     scaled = "alpha" in hyper or "T" in hyper
