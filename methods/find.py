@@ -77,12 +77,13 @@ class Catalogue:
         self.methods: dict[str, Found] = {}
         self.components: dict[str, Found] = {}
         self.evaluations: dict[str, Found] = {}
+        self.outside = tuple(outside)
         self._add_tree(HERE, "methods")
         self._add_evaluations(EVALUATIONS, "evaluations")
         for group in ("assay.methods", "assay.evaluations"):
             for point in entry_points(group=group):
                 self._add_package(point.value, group)
-        for folder in outside:
+        for folder in self.outside:
             self._add_folder(Path(folder))
 
     def method(self, name: str) -> Found:

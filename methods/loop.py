@@ -196,11 +196,12 @@ class Batches:
 class Adaptive:
     """Numbers that a loss reads as ``batch.values["name"]`` and that change after each step: dual variables and such.
 
-    ``after`` gets the values of the 0-based step, the unweighted global mean of each of its terms, and the step.
+    ``after`` gets the values of the step, among them the 0-based ``step`` itself, and the unweighted global mean of
+    each of its terms.
     """
 
     start: Mapping[str, float]
-    after: Callable[[Mapping[str, float], Mapping[str, float], int], Mapping[str, float]]
+    after: Callable[[Mapping[str, float], Mapping[str, float]], Mapping[str, float]]
 
 
 class Writing(Protocol):
@@ -481,7 +482,7 @@ class _Run:
         self.steps = steps_of(settings, batches.count)
         self.step = self.tokens = 0
         self.curve: list[tuple[int, str, float]] = []
-        self.adaptive = adaptive or Adaptive({}, lambda values, means, step: values)
+        self.adaptive = adaptive or Adaptive({}, lambda values, means: {})
         self.values = dict(self.adaptive.start)
         self.tokenizer = None if is_classifier(source) else load_tokenizer(source)
         self.probes = self._probes()
@@ -567,7 +568,7 @@ class _Run:
             own = getattr(self.optimizer, "numbers", {}) | (self.masking.numbers() if self.masking else {})
             own |= self.writing.numbers() if self.writing else {}
             self._log(step, means | self.values | own | {"learning_rate": rate, "gradient_norm": norm})
-        self.values = dict(self.adaptive.after(self.values, means, step))
+        self.values = dict(self.adaptive.after({**self.values, "step": float(step)}, means))
 
     def _parts(self, step: int) -> Mapping[str, Any]:
         """The batch of a step, and what the model writes before it."""

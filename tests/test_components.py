@@ -47,9 +47,7 @@ def test_a_component_gives_the_same_bits_twice(found: Found) -> None:
 def test_every_option_of_a_component_is_live(case: Case) -> None:
     beside, host = dict(case.change.beside), case.change.host
     plain = not beside and not host
-    before = (
-        usual_component(case.found.name) if plain else run_component(case.found, beside=host, **beside)
-    )
+    before = usual_component(case.found.name) if plain else run_component(case.found, beside=host, **beside)
     after = run_component(case.found, beside=host, **beside | {case.option.name: case.change.value})
     if case.option.how:
         assert after.same_weights(before, tolerance=1e-6)

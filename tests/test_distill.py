@@ -476,6 +476,16 @@ def test_the_teacher_stays_in_evaluation_mode_and_out_of_the_student(
     assert not list(written.parent.rglob("teacher*"))
 
 
+def test_the_teachers_precision_is_its_own_and_in_the_notes(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    student, teacher = pair
+    for chosen, expected in (("auto", "float32"), ("bfloat16", "bfloat16")):
+        config = mixed(of("forward_kl"), teacher_precision=chosen, **recipe(1))
+        stage = make_stage(student, tmp_path / chosen, config, teacher=teacher)
+        run(stage, method("mix"))
+        assert stage.notes["teacher_dtype"] == expected
+        assert stage.notes["compute_dtype"] == "float32"
+
+
 def test_across_tokenizers_the_batch_has_the_rows_in_the_teachers_tokens(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -563,12 +573,12 @@ def test_a_term_on_whole_batches_is_refused_for_several_processes(
 
 def test_numbers_of_terms_and_of_their_method_change_together() -> None:
     def adaptive(name: str, factor: float) -> Adaptive:
-        return Adaptive({name: 1.0}, lambda values, means, step: {name: values[name] * factor * means["m"]})
+        return Adaptive({name: 1.0}, lambda values, means: {name: values[name] * factor * means["m"]})
 
     both = together(adaptive("one", 2.0), adaptive("other", 3.0))
     assert both is not None
     assert both.start == {"one": 1.0, "other": 1.0}
-    assert both.after({"one": 5.0, "other": 7.0}, {"m": 1.0}, 0) == {"one": 10.0, "other": 21.0}
+    assert both.after({"one": 5.0, "other": 7.0, "step": 0.0}, {"m": 1.0}) == {"one": 10.0, "other": 21.0}
     assert together(None, None) is None
 
 
@@ -576,6 +586,7 @@ def test_each_of_two_terms_of_a_kind_has_its_own_numbers() -> None:
     numbers = Mixture([of("taid", t_start=0.2), of("taid", t_start=0.4)]).adaptive(10)
     assert numbers is not None
     assert (numbers.start["taid.t"], numbers.start["taid.2.t"]) == (0.2, 0.4)
-    after = numbers.after(numbers.start, {"taid": 1.0, "taid.2": 1.0}, 5)
+    means = {"taid": 1.0, "taid.2": 1.0}
+    after = numbers.after({**numbers.after({**numbers.start, "step": 4.0}, means), "step": 5.0}, means)
     assert after.keys() == numbers.start.keys()
     assert after["taid.2.t"] > after["taid.t"] > 0.2

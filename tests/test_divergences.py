@@ -439,7 +439,7 @@ def test_taid_moves_once_a_step_by_the_mean_over_the_global_batch() -> None:
         values: Mapping[str, float] = numbers.start
         for step in range(3):
             means, _ = accumulated("taid", {"alpha": 0.5}, student / (1 + step), teacher, micro_batch, values)
-            values = numbers.after(values, means, step)
+            values = numbers.after({**values, "step": float(step)}, means)
         found.append(values)
     assert found[0].keys() == {"taid.t", "taid.momentum", "taid.previous"}
     assert found[0] == pytest.approx(found[1], rel=1e-12)

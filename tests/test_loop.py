@@ -585,9 +585,9 @@ def adaptively(parent: Path, folder: Path, killed: int = -1) -> Stage:
         term = sft.loss(settings, model, batch)["train"]
         return {"train": replace(term, weight=batch.values["price"])}
 
-    def after(values: Mapping[str, float], means: Mapping[str, float], step: int) -> dict[str, float]:
+    def after(values: Mapping[str, float], means: Mapping[str, float]) -> dict[str, float]:
         assert means["train"] > 0
-        assert values["price"] == 0.5 * 2**step
+        assert values["price"] == 0.5 * 2 ** values["step"]
         return {"price": 2 * values["price"]}
 
     loop.train(

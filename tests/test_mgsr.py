@@ -21,7 +21,7 @@ from methods.distill._rollouts import Writer
 from methods.distill._sources import Live
 from methods.gradient import Gradient
 from methods.stage import AssayError, Component, Parent
-from methods.term import Look, Tokens, View, _again, dac_kl, span_consistency
+from methods.term import Look, Tokens, View, _blocks, dac_kl, span_consistency
 from tests.training import make_parent, make_stage, same, weights_of
 
 TEACHER = Parent("model.new-000000000000")
@@ -304,7 +304,7 @@ def test_micro_batches_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch
 
     found = []
     for size, entries in ((None, 2**24), (None, 5), (None, 15), (1, 2**24), (3, 10)):
-        monkeypatch.setattr(_again, "ENTRIES", entries)
+        monkeypatch.setattr(_blocks, "ENTRIES", entries)
         model = torch.nn.Module()
         model.table = torch.nn.Parameter(student.clone())
         found.append((Gradient(model, loss, micro_batch=size)({"train": part}, 0, 1)[""], model.table.grad))

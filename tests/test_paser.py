@@ -444,7 +444,7 @@ def test_chosen_rows_are_the_data_of_a_stage(tmp_path: Path) -> None:
         "target": TRAIN, "pruned": "target > prune.magnitude(sparsity=0.5)",
         "some": "data.sample(data=\"authors/forget10\", share=0.1)",
         "worst": "pruned > data.paser(dense=target, data=\"authors/forget10\", share=0.1)",
-        "healed": "pruned > train.sft(data=worst, steps=2)", "control": "pruned > train.sft(data=some, steps=2)",
+        "healed": "pruned > distill.cross_entropy(data=worst, steps=2)", "control": "pruned > distill.cross_entropy(data=some, steps=2)",
     }, seeds="[0]")  # fmt: skip
     by_name = {job.method: job for job in built.jobs.values()}
     assert set(by_name["data.paser"].parents) == {"model", "dense"}

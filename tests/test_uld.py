@@ -17,7 +17,7 @@ from methods.data import Part, Style, byte_bpe
 from methods.distill import mix
 from methods.gradient import Gradient
 from methods.stage import AssayError, Component, Parent
-from methods.term import Look, View, _again, uld
+from methods.term import Look, View, _blocks, uld
 from tests.training import ROWS, make_parent, make_stage
 
 TEACHER = Parent("model.new-000000000000")
@@ -124,7 +124,7 @@ def ragged() -> tuple[Tensor, Tensor, Part, Part]:
 def test_the_size_of_a_block_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for entries in (7, 21, 2**24):
-        monkeypatch.setattr(_again, "ENTRIES", entries)
+        monkeypatch.setattr(_blocks, "ENTRIES", entries)
         student, teacher, mine, its = ragged()
         leaf = student.requires_grad_()
         result = value(WHOLE, Look(leaf, lambda block: block), Look(teacher, lambda block: block), mine, its)

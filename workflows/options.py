@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from methods import stage
-from methods.find import Catalogue, Found, nearest
+from methods.find import Catalogue, Found, nearest, using
 from methods.stage import AssayError, Component, How, Parent
 from workflows.notation import Call, Name, Value, format_call, format_value
 from workflows.record import PARTS, Part
@@ -78,10 +78,23 @@ def resolve(call: Call, found: Found, catalogue: Catalogue, refer: Refer, smoke:
         AssayError: an unknown or missing option, a wrong type or value, with the nearest valid word.
     """
     builder = _Builder(catalogue, refer, _smoke_values(found) if smoke else {})
-    config = builder.config(call, found)
-    components = tuple({piece.name: piece for piece in builder.components}.values())
+    # A config may look into the components that it is given, also those from outside.
+    with using(catalogue.outside):
+        config = builder.config(call, found)
+        used = (*builder.components, *_own_terms(found, config, catalogue))
+    components = tuple({piece.name: piece for piece in used}.values())
     label = format_call(call.name, label_options(call, found.load().Config, catalogue))
     return Resolved(found, config, components, tuple(builder.references), tuple(builder.data), label)
+
+
+def _own_terms(found: Found, config: Any, catalogue: Catalogue) -> Iterator[Found]:
+    """The term files that a recipe of distillation names itself: what they compute is what it computes."""
+    named = getattr(found.load(), "terms", None)
+    if found.family != "distill" or named is None:
+        return
+    terms = named(config)
+    for term in terms.values() if isinstance(terms, Mapping) else terms:
+        yield catalogue.component("term", term.name)
 
 
 def _smoke_values(found: Found) -> dict[str, Any]:

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 SEEDED = False
 USES = (
     "methods.data._chosen", "methods.data._capabilities", "methods.data._concepts", "methods.checkpoint",
-    "methods.architectures", "methods.term", "methods.terms",
+    "methods.architectures", "methods.term", "methods.terms", "methods.distill",
 )  # fmt: skip
 RESULT = "data"
 NEEDS_MODEL = True
@@ -247,25 +247,18 @@ def _divergence(part: Part, dense: Look, pruned: Look) -> Tensor:
     """Jensen-Shannon divergence of each row [B]: the mean over what it predicts, in nats and float64."""
     import torch
 
-    from methods.term._blocks import ENTRIES
+    from methods.distill._sources import places
+    from methods.term._blocks import blocks
     from methods.term._divergences import jensen_shannon
 
-    rows, columns = part.mask.nonzero(as_tuple=True)
-    index = rows * part.input_ids.shape[1] + columns
-    sums = torch.zeros(len(part.labels), dtype=torch.float64, device=rows.device)
-    size = max(1, ENTRIES // _width(dense, index))
-    for start in range(0, len(index), size):
-        block = index[start : start + size]
-        wanted, given = dense.at(block), pruned.at(block)
+    where = places(part)
+    sums = torch.zeros(len(part.labels), dtype=torch.float64, device=where.index.device)
+    for block in blocks(dense, len(where)):
+        wanted, given = dense.at(where.index[block]), pruned.at(where.index[block])
         width = min(wanted.shape[-1], given.shape[-1])  # one may be padded further than the other
         values = jensen_shannon(wanted[:, :width].log_softmax(-1), given[:, :width].log_softmax(-1), 0.5)
-        sums.index_add_(0, rows[start : start + size], values.double())
+        sums.index_add_(0, where.sequence[block], values.double())
     return sums / part.mask.sum(1)
-
-
-def _width(look: Look, index: Tensor) -> int:
-    """How many entries the vocabulary has."""
-    return int(look.at(index[:1]).shape[-1])
 
 
 def _embedding(part: Part, states: Tensor) -> Tensor:

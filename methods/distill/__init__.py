@@ -11,7 +11,7 @@ and, where it needs them,
 
     term_parts(config) -> {term: part}                  the part of the batch a term is about; default: train
     parts(config, setting) -> {name: examples}          further parts of the batch
-    source(config, setting) -> Source                   another teacher than the options say; SOURCE: its flags
+    source(config, setting) -> Source                   a teacher of its own, or what it makes of ``setting.source``
     writing(config, setting) -> methods.loop.Writing    what the student writes to learn from
     masking(config, setting) -> Masking                 masks that move while it learns
     optimizer(config, setting, masking) -> optimizer    its own, in the place of the one in the options
@@ -198,12 +198,6 @@ def _problem(entry: Entry, source: str | None, writes: bool) -> str:
             'positions="answers", or give teacher= instead'
         )
     return ""
-
-
-def known(chosen: Sequence[Component] | Mapping[str, Component]) -> tuple[Entry, ...]:
-    """The terms of a mixture that this process knows: a planner may not have looked into folders from outside."""
-    named = chosen.values() if isinstance(chosen, Mapping) else chosen
-    return entries(chosen) if all(f"term.{each.name}" in catalogue().components for each in named) else ()
 
 
 # --- a stage ----------------------------------------------------------------------------------------------------

@@ -101,11 +101,11 @@ class Mixture:
             for key, value in entry.module.start(entry.config).items()
         }
 
-        def after(values: Mapping[str, float], means: Mapping[str, float], step: int) -> Mapping[str, float]:
+        def after(values: Mapping[str, float], means: Mapping[str, float]) -> Mapping[str, float]:
             found: dict[str, float] = {}
             for entry in changing:
                 own = _own(values, entry.name)
-                new = entry.module.after(entry.config, own, means[entry.name], step, steps)
+                new = entry.module.after(entry.config, own, means[entry.name], int(values["step"]), steps)
                 found |= {f"{entry.name}.{key}": value for key, value in new.items()}
             return found
 

@@ -41,10 +41,16 @@ class Written(Taught):
     max_new_tokens: Annotated[int, Gt(0)] = 128
     # of rows that are text and have no question: so many tokens are the prompt
     prompt_tokens: Annotated[int, Gt(0)] = 32
-    # draw among the likeliest tokens alone that together reach this mass; 1: among all
-    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     # sequences that are written at once in a process; None: as many as go through the model in training
     written_at_once: Annotated[Annotated[int, Gt(0)] | None, How] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn(Written):
+    """The options of methods whose student draws what it writes."""
+
+    # draw among the likeliest tokens alone that together reach this mass; 1: among all
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ class Writer:
     entries: int | None = None
 
     @classmethod
-    def of(cls, setting: Setting, temperature: float) -> Writer:
+    def of(cls, setting: Setting, temperature: float, top_p: float = 1.0) -> Writer:
         """As the options of a recipe that writes (``Written``) say."""
         from methods.data import padding_id
 
@@ -149,7 +155,7 @@ class Writer:
             new_tokens=config.max_new_tokens,
             prompt_tokens=config.prompt_tokens,
             temperature=temperature,
-            top_p=config.top_p,
+            top_p=top_p,
             at_once=config.written_at_once or config.micro_batch or config.batch,
             entries=setting.mixture.vocabulary,
         )
@@ -227,23 +233,24 @@ def ends_of(setting: Setting) -> frozenset[int]:
 
 
 def log_chances(
-    model: Any, part: Part, temperature: float = 1.0, entries: int | None = None, block: int = 512
+    model: Any, part: Part, temperature: float = 1.0, entries: int | None = None, block: int | None = None
 ) -> Tensor:
     """Log-probabilities [n] of a part's answer tokens, without gradient and in evaluation mode.
 
-    ``block`` tokens have their logits at a time.
+    ``block`` tokens have their logits at a time; None: as many as in training.
     """
     import torch
 
     from methods.distill._sources import places
-    from methods.term._blocks import look
+    from methods.term._blocks import blocks, look
+    from methods.term._divergences import of_targets
 
     with evaluating([model]), torch.no_grad():
         part = part.to(device_of(model))
         where, seen = places(part), look(model, part, entries=entries)
         found = [
-            (seen.at(index) / temperature).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-            for index, targets in zip(where.index.split(block), where.targets.split(block), strict=True)
+            of_targets(seen.at(where.index[rows]) / temperature, where.targets[rows])
+            for rows in blocks(seen, len(where), block)
         ]
     return torch.cat(found)
 

@@ -124,9 +124,10 @@ def together(one: loop.Adaptive | None, other: loop.Adaptive | None) -> loop.Ada
         return one or other
     first, second = one, other
 
-    def after(values: Mapping[str, float], means: Mapping[str, float], step: int) -> Mapping[str, float]:
+    def after(values: Mapping[str, float], means: Mapping[str, float]) -> Mapping[str, float]:
         parts = [
-            each.after({name: values[name] for name in each.start}, means, step) for each in (first, second)
+            each.after({name: values[name] for name in (*each.start, "step")}, means)
+            for each in (first, second)
         ]
         return {**parts[0], **parts[1]}
 
@@ -233,6 +234,7 @@ class Teacher:
 
     def _load(self, folder: Path) -> Live:
         model = loop.frozen_model(folder, self.config, self.config.teacher_precision)
+        self.stage.notes["teacher_dtype"] = str(model.dtype).removeprefix("torch.")
         return Live(model, self.vocabulary)
 
 

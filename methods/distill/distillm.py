@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from methods.distill._rollouts import (
+    Drawn,
     Rollout,
     Writer,
-    Written,
     chance,
     log_chances,
     part_of,
@@ -61,7 +61,7 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Written):
+class Config(Drawn):
     """The shared recipe, the divergence, and the schedule."""
 
     # forward: D(p ‖ mixture), the published choice for the smallest student; reverse: D(q ‖ mixture), for the larger
@@ -104,7 +104,13 @@ def writing(config: Config, setting: Setting) -> Replay:
     examples = encode(rows, setting.tokenizer, style, config.context_tokens)
     validation = Validation(examples, config.micro_batch or config.batch, setting)
     every = config.validate_every or max(1, len(setting.examples) // config.batch)
-    return Replay(config, Writer.of(setting, config.sampling_temperature), validation, every, setting.steps)
+    return Replay(
+        config,
+        Writer.of(setting, config.sampling_temperature, config.top_p),
+        validation,
+        every,
+        setting.steps,
+    )
 
 
 class Validation:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 
-from methods.distill._rollouts import Writer, Written, chance
+from methods.distill._rollouts import Drawn, Writer, chance
 from methods.stage import Claim, Component
 from methods.term import Setting, of
 
@@ -44,7 +44,7 @@ CLAIMS: tuple[Claim, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Written):
+class Config(Drawn):
     """The shared recipe, how often the student writes, and the divergence."""
 
     # how often a batch is written by the student (trl's lmbda: 0.5)
@@ -64,7 +64,7 @@ def terms(config: Config) -> tuple[Component, ...]:
 
 def writing(config: Config, setting: Setting) -> OnPolicy:
     """What the student writes."""
-    return OnPolicy(Writer.of(setting, config.sampling_temperature), config.fraction)
+    return OnPolicy(Writer.of(setting, config.sampling_temperature, config.top_p), config.fraction)
 
 
 class OnPolicy:

@@ -23,10 +23,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Le
 
-from methods.distill import Taught
-from methods.stage import AssayError, Claim, Component, How, LossTerm
+from methods.distill._rollouts import Writer, Written
+from methods.stage import AssayError, Claim, Component, LossTerm
 from methods.term import of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ REVISED = "revised"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Taught):
+class Config(Written):
     """The shared recipe, the three losses, and how answers are revised."""
 
     # weight of the cross-entropy on the rows of the data
@@ -62,12 +62,6 @@ class Config(Taught):
     fraction: Annotated[float, Ge(0), Le(1)] = 1.0
     # most tokens of an answer that the teacher puts right, each behind the one before (MGSR: 1)
     corrections: Annotated[int, Ge(0)] = 1
-    # longest answer, in tokens; with its prompt never longer than context_tokens
-    max_new_tokens: Annotated[int, Gt(0)] = 128
-    # of rows that are text and have no question: so many tokens are the prompt
-    prompt_tokens: Annotated[int, Gt(0)] = 32
-    # sequences that are written at once in a process; None: as many as go through the model in training
-    written_at_once: Annotated[Annotated[int, Gt(0)] | None, How] = None
 
     def __post_init__(self) -> None:
         """Each loss has a name of its own in the curve."""
@@ -91,19 +85,7 @@ def term_parts(config: Config) -> dict[str, str]:
 
 def writing(config: Config, setting: Setting) -> Revision:
     """The revised answers of each batch."""
-    from methods.data import padding_id
     from methods.distill._revision import Revision
-    from methods.distill._rollouts import Writer, ends_of
 
-    writer = Writer(
-        seed=setting.seed,
-        ends=ends_of(setting),
-        padding=padding_id(setting.tokenizer),
-        context_tokens=config.context_tokens,
-        new_tokens=config.max_new_tokens,
-        prompt_tokens=config.prompt_tokens,
-        temperature=0.0,
-        at_once=config.written_at_once or config.micro_batch or config.batch,
-        entries=setting.mixture.vocabulary,
-    )
+    writer = Writer.of(setting, temperature=0.0)
     return Revision(setting, writer, REVISED, config.fraction, config.corrections)

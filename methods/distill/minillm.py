@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Ge, Gt, Le, Lt
 
 from methods.distill._rollouts import (
+    Drawn,
     Prompt,
     Rollout,
     Writer,
-    Written,
     log_chances,
     part_of,
     prompt_of,
@@ -75,7 +75,7 @@ KEPT = ("old_log_prob", "importance", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Written):
+class Config(Drawn):
     """The rollouts, what they are rewarded with, and the parts of the loss."""
 
     # weights as in LMOps (AdamW's second moment at 0.95)
@@ -144,7 +144,9 @@ def term_parts(config: Config) -> dict[str, str]:
 
 def writing(config: Config, setting: Setting) -> Rollouts:
     """What student and teacher write together."""
-    return Rollouts(config, Writer.of(setting, config.temperature), setting.examples, setting.source)
+    return Rollouts(
+        config, Writer.of(setting, config.temperature, config.top_p), setting.examples, setting.source
+    )
 
 
 class Rollouts:

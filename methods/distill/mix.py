@@ -1,6 +1,6 @@
 """Any mixture of distillation terms, each with its weight.
 
-    L = sum_k weight_k * term_k            distill.mix(teacher=target, terms=[forward_kl(temperature=2.0), squarehead()])
+    L = sum_k weight_k * term_k           distill.mix(teacher=target, terms=[forward_kl(temperature=2.0), squarehead()])
 
 Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" mixes a divergence from the teacher with the
 cross-entropy on the labels, (1 - alpha) * CE + alpha * T**2 * KL; here each term has its own weight, and ``curve.csv``
@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from methods.distill import Distilling, given_sources, known, refuse_terms
+from methods.distill import Distilling, given_sources, refuse_terms
 from methods.stage import Claim, LossTerm
+from methods.term import entries
 
 SEEDED = True
 USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms", "methods.term")
@@ -32,7 +33,6 @@ class Config(Distilling):
 
     def __post_init__(self) -> None:
         """One teacher, or none where no term asks one, and terms that can be had from it."""
-        found = known(self.terms)
-        if given_sources(self) or not found:
+        if given_sources(self):
             super().__post_init__()
-        refuse_terms("distill.mix", self, found)
+        refuse_terms("distill.mix", self, entries(self.terms))

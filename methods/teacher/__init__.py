@@ -1,7 +1,7 @@
 """What a teacher says of every answer token of some data, computed once and written down for many students.
 
 A method file says what it keeps in ``kept(config, logits, entries)`` and how much that is in ``bytes_per_token(config,
-vocabulary)``. The result is a ``files/`` folder (see ``_files``) that a distillation names in ``recorded=``. It is one
+manifest)``. The result is a ``files/`` folder (see ``_files``) that a distillation names in ``recorded=``. It is one
 of exactly these weights, these token ids and these labels: whoever reads it compares their digests first.
 
 The rows are gone through in their order, in shards of whole rows. A shard that is written stays: a job that is killed
@@ -20,14 +20,12 @@ from methods.stage import AssayError, Stage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from methods.data import Example
+    from methods.data import Example, Part
     from methods.teacher._files import Folder, Manifest
 
 REVISION = 1
 GIGABYTE = 1e9
 UNFINISHED = "answers"
-# Bytes of float32 logits that are computed at once.
-BLOCK_BYTES = 64e6
 
 
 def run(stage: Stage, method: ModuleType) -> None:
@@ -142,19 +140,17 @@ def _said(
     with torch.no_grad():
         for start in range(0, len(rows), config.batch):
             part = collate(rows[start : start + config.batch], manifest.padding_id, "train").to(model.device)
-            for logits in _logits(model, part, manifest.vocabulary):
+            for logits in _logits(model, part):
                 found = method.kept(config, logits, manifest.entries)
                 pieces.append({name: tensor.cpu() for name, tensor in found.items()})
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def _logits(model: Any, part: Any, vocabulary: int) -> Iterator[Tensor]:
+def _logits(model: Any, part: Part) -> Iterator[Tensor]:
     """The logits of a part's answer tokens in their order, in blocks [c,V] of a bounded size."""
-    from methods.term._blocks import look
+    from methods.distill._sources import places
+    from methods.term._blocks import blocks, look
 
-    found = look(model, part)
-    hidden = found.states[:, :-1][part.mask]
-    size = max(1, int(BLOCK_BYTES // (4 * vocabulary)))
-    # One block at least, of no tokens where the part has none.
-    for start in range(0, max(1, len(hidden)), size):
-        yield found.head(hidden[start : start + size])
+    found, index = look(model, part), places(part).index
+    for rows in blocks(found, len(index)):
+        yield found.at(index[rows])

@@ -34,7 +34,14 @@ if TYPE_CHECKING:
     from methods.teacher._files import Manifest
 
 SEEDED = False
-USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms", "methods.term")
+USES = (
+    "methods.loop",
+    "methods.data",
+    "methods.checkpoint",
+    "methods.terms",
+    "methods.term",
+    "methods.distill",
+)
 RESULT = "files"
 CLAIMS: tuple[Claim, ...] = ()
 BYTES = {"float32": 4, "float16": 2}

@@ -8,7 +8,8 @@ A term file holds ``Config`` (a ``Weighted`` or ``Softened``) and exactly one of
     token_losses(config, tokens: Tokens) -> [n], or {"loss": [n], name: [n], ...}
         from raw logits; further entries are only logged, as ``<term>.<name>``
     terms(config, view: View) -> {name: Term}
-        what is no sum over tokens: "" is the term itself, "x" becomes ``<term>.x``
+        what is no sum over tokens: "" is the term itself, "x" becomes ``<term>.x``; their weights are multiplied by
+        that of the options, so 1 is usual and 0 means that a part is only logged
 
 and says in constants what it needs: ``TEACHER`` (default True), ``HIDDEN`` and ``ATTENTION`` (False), ``TOP_K``
 (False: valid from a teacher's largest entries and one bucket for the rest), ``RECORDED`` and ``ENSEMBLE`` (True, where
@@ -21,7 +22,9 @@ that the student wrote) and ``WHOLE_BATCH`` (False: needs all rows of a batch at
     start(config) -> {name: float}          numbers that change from step to step, and after each step
     after(config, values, mean, step, steps) -> {name: float}      what they become, given the term's global mean
 
-Nothing here loads torch: the planner reads every term's options and constants before a single job runs.
+Nothing here loads torch: the planner reads every term's options and constants before a single job runs. The files of
+this folder are in the id of a stage that is given them as options; for methods that name terms themselves ``REVISION``
+stands for them, too.
 """
 
 from __future__ import annotations

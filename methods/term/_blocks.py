@@ -89,6 +89,21 @@ def _cut(head: Callable[[Tensor], Tensor], entries: int | None) -> Callable[[Ten
     return head if entries is None else lambda block: head(block)[..., :entries]
 
 
+# --- blocks -------------------------------------------------------------------------------------------------------
+
+
+def blocks(look: Look, count: int, size: int | None = None) -> Iterator[slice]:
+    """``count`` places of a look in blocks of ``size``; None: as many as have ``ENTRIES`` logits together.
+
+    Without a place there is one empty block, so that what is made of it has its names and sums of 0.
+    """
+    if size is None:
+        with torch.no_grad():
+            size = max(1, ENTRIES // look.head(look.states.flatten(0, 1)[:0]).shape[-1])
+    for start in range(0, max(1, count), size):
+        yield slice(start, min(start + size, count))
+
+
 # --- terms that are sums over tokens ------------------------------------------------------------------------------
 
 
@@ -198,17 +213,12 @@ class _Work:
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The sums, and where ``wanted`` the gradients of their weighted sum for the states and parameters."""
         gradients = _Gradients(hidden, parameters, wanted)
-        parts = [self._block(hidden, rows, gradients) for rows in self._blocks(hidden)]
+        parts = [
+            self._block(hidden, rows, gradients)
+            for rows in blocks(self.student, len(hidden), self.block_tokens)
+        ]
         # Added up once over all tokens: then the size of a block does not even change the rounding.
         return torch.cat(parts, 1).sum(1), gradients.found()
-
-    def _blocks(self, hidden: Tensor) -> Iterator[slice]:
-        with torch.no_grad():
-            classes = self.student.head(hidden[:0]).shape[-1]
-        size = self.block_tokens or max(1, ENTRIES // classes)
-        # An empty part has one empty block, so that its terms have their names and sums of 0.
-        for start in range(0, max(1, len(hidden)), size):
-            yield slice(start, min(start + size, len(hidden)))
 
     def _block(self, hidden: Tensor, rows: slice, gradients: _Gradients) -> Tensor:
         """The terms of a block's tokens [terms, c]."""

@@ -53,6 +53,11 @@ def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
     return -(log_p.exp() * log_q.masked_fill(absent, 0.0)).sum(-1)
 
 
+def of_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability [n] of each target, from logits [n,V]."""
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+
 def conditional(log_values: Tensor, log_mass: Tensor) -> Tensor:
     """Log-probabilities [n,V] brought to a sum of 1, from the log of their sum [n]; a sum of 0 leaves them absent."""
     return log_values - log_mass.masked_fill(log_mass.isneginf(), 0.0)[:, None]

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Gt, Lt
 
 from methods.term import Tokens, Weighted
+from methods.term._divergences import of_targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,8 +56,7 @@ def token_losses(config: Config, tokens: Tokens) -> Tensor:
     """The clipped objective of each token [n]."""
     import torch
 
-    log_probs = (tokens.student / config.temperature).log_softmax(-1)
-    chosen = log_probs.gather(-1, tokens.targets[:, None]).squeeze(-1)
+    chosen = of_targets(tokens.student / config.temperature, tokens.targets)
     ratio = (chosen - tokens.extra["old_log_prob"]).exp() * tokens.extra["importance"]
     clipped = ratio.clamp(1 - config.clip_ratio, 1 + config.clip_ratio)
     return torch.maximum(-tokens.extra["advantage"] * ratio, -tokens.extra["advantage"] * clipped)

@@ -1,7 +1,9 @@
 """Reverse KL from the one token the student drew, in the place of the sum over the vocabulary.
 
-huggingface/trl, ``trl/experimental/sdft/loss_utils.py`` (``compute_sampled_token_self_distillation_loss``). With y the
-token that was drawn from q, p the teacher, q the student and sg for "no gradient",
+An estimate of the single-step term of Gu, Dong, Wei, Huang 2024, "MiniLLM: Knowledge Distillation of Large Language
+Models", as in huggingface/trl, ``trl/experimental/sdft/loss_utils.py``
+(``compute_sampled_token_self_distillation_loss``). With y the token that was drawn from q, p the teacher, q the student
+and sg for "no gradient",
 
     l = sg(log q_y - log p_y) * log q_y
 
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from methods.term import Weighted
+from methods.term._divergences import of_targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,11 +38,6 @@ class Config(Weighted):
 def token_losses(config: Config, tokens: Tokens) -> dict[str, Tensor]:
     """``loss``, the surrogate, and ``estimate``, the log-ratio, of each token [n], in nats."""
     assert tokens.teacher is not None
-    log_q, log_p = (_of_target(logits, tokens.targets) for logits in (tokens.student, tokens.teacher))
+    log_q, log_p = (of_targets(logits, tokens.targets) for logits in (tokens.student, tokens.teacher))
     estimate = (log_q - log_p).detach()
     return {"loss": estimate * log_q, "estimate": estimate}
-
-
-def _of_target(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability [n] of each target."""
-    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)

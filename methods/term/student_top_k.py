@@ -1,7 +1,9 @@
 """Jensen-Shannon divergence on the entries that the *student* thinks most probable.
 
-huggingface/trl, ``trl/experimental/sdft/loss_utils.py`` (``compute_topk_self_distillation_loss``), made for
-self-distillation (SDFT). With S the k entries of the largest q, p the teacher and q the student,
+Agarwal et al. 2024, "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes" for the
+divergence (``jsd``), restricted as in huggingface/trl, ``trl/experimental/sdft/loss_utils.py``
+(``compute_topk_self_distillation_loss``), made for self-distillation (SDFT). With S the k entries of the largest q, p
+the teacher and q the student,
 
     rest="tail":          p' = (p[S], 1 - sum p[S]),   q' likewise
     rest="renormalised":  p' = p[S] / sum p[S],        q' likewise

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from annotated_types import Gt
 
 from methods.loop import Training, frozen_model
-from methods.stage import AssayError, Claim, Component, Head, Model, Optimizer, Rows, Stage, Term, Terms
+from methods.stage import AssayError, Claim, Component, Dataset, Head, Model, Optimizer, Stage, Term, Terms
 from methods.terms import forward, token_nll
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ REFERENCE = "reference_nll"
 class Config(Training):
     """The shared recipe, the rows, the aligned models and the two numbers of the preference."""
 
-    # rows to train on; several sets joined by +, or a chain that writes rows
-    data: Rows = "authors/retain90+authors/facts"
+    # rows to train on; several sets joined by +
+    data: Dataset = "authors/retain90+authors/facts"
     # the aligned models, with the trained one's tokenizer: references=[a, b]
     references: tuple[Model, ...]
     # how steeply the preference grows with the difference of mean log-likelihoods (official code: 1)

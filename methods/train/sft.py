@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from methods import loss as losses
 from methods.loop import Training
-from methods.stage import Claim, Head, Loss, Rows, Terms, Weighting
+from methods.stage import Claim, Dataset, Head, Loss, Terms, Weighting
 
 if TYPE_CHECKING:
     from methods.gradient import Batch, Outer
@@ -28,8 +28,8 @@ USES = ("methods.loop", "methods.data", "methods.checkpoint", "methods.terms", "
 class Config(Training):
     """The shared recipe, the rows, and what may stand in the place of softmax and cross entropy."""
 
-    # rows to train on; several sets joined by +, or a chain that writes rows
-    data: Rows = "authors/retain90+authors/facts"
+    # rows to train on; several sets joined by +
+    data: Dataset = "authors/retain90+authors/facts"
     # the parent's weights, or new ones of its shapes, drawn from the seed: pretraining with a known model's tokenizer
     start: Literal["parent", "random"] = "parent"
     # output head to give the model before training; None keeps its own

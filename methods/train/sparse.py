@@ -29,7 +29,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from methods import loss as losses
 from methods.loop import Training
 from methods.prune._masks import check_budget, read_pattern
-from methods.stage import AssayError, Claim, Rows, Stage, Terms
+from methods.stage import AssayError, Claim, Dataset, Stage, Terms
 
 if TYPE_CHECKING:
     from methods.gradient import Batch
@@ -47,8 +47,8 @@ CLAIMS: tuple[Claim, ...] = ()
 class Config(Training):
     """The shared recipe, the rows, and the schedule: either ``sparsity`` or ``pattern``."""
 
-    # rows to train on; several sets joined by +, or a chain that writes rows
-    data: Rows = "authors/retain90+authors/facts"
+    # rows to train on; several sets joined by +
+    data: Dataset = "authors/retain90+authors/facts"
     # the parent's weights, or new ones of its shapes, drawn from the seed
     start: Literal["parent", "random"] = "parent"
     # share of hidden weights in every matrix at the end

@@ -60,7 +60,7 @@ def needs_reference(config: Config) -> bool:
 def adaptive(config: Config) -> Adaptive:
     """The multiplier; ``violation`` is 0 during the warm-up."""
 
-    def after(values: Mapping[str, float], means: Mapping[str, float], step: int) -> Mapping[str, float]:
+    def after(values: Mapping[str, float], means: Mapping[str, float]) -> Mapping[str, float]:
         return {"multiplier": max(0.0, values["multiplier"] + config.step_size * means["violation"])}
 
     return Adaptive({"multiplier": config.alpha}, after)

@@ -63,10 +63,14 @@ def mixed(hyper: Options) -> dict[str, Component]:
 
 
 def kd_loss(hyper: Options) -> dict[str, Component]:
-    """torchdistill's alpha is the weight of the cross-entropy, without which there is no T**2; ND's code has only T."""
-    temperature, alpha = float(hyper.get("temperature", hyper.get("T"))), float(hyper.get("alpha", 0.0))
-    weight = float(hyper.get("beta", 1 - alpha)) if "alpha" in hyper else 1.0
-    scaled = "alpha" in hyper or "T" in hyper
+    """torchdistill's alpha is the weight of the cross-entropy, without which (None, or 0) there is neither T**2 nor beta.
+
+    ND's code has only T.
+    """
+    temperature, alpha = float(hyper.get("temperature", hyper.get("T"))), float(hyper.get("alpha") or 0.0)
+    beta = hyper.get("beta")
+    weight = float(1 - alpha if beta is None else beta) if alpha else 1.0
+    scaled = alpha != 0 or "T" in hyper
     return {
         "kl": term("forward_kl", weight=weight, temperature=temperature, scale_by_temperature=scaled),
         "cross_entropy": term("cross_entropy", weight=alpha),
