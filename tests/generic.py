@@ -538,10 +538,7 @@ SECOND: dict[str, Change] = {
 
 # Shared options that a method refuses in a sentence, whatever their value; and a term's that needs marked rows.
 REFUSED: dict[str, tuple[str, ...]] = {
-    **{
-        name: ("adapter",)
-        for name in ("train.sparse", "distill.ast", "distill.cast")
-    },
+    **dict.fromkeys(("train.sparse", "distill.ast", "distill.cast"), ("adapter",)),
     "distill.matryoshka_kv": ("adapter", "keep_zeros"),
     "term.selective": ("cross_entropy",),
 }

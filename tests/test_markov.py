@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 from methods import markov
 from methods.sources import Locator
@@ -34,7 +35,7 @@ def test_the_next_symbol_follows_from_the_last_two() -> None:
     pair, counts = max(following.items(), key=lambda item: sum(item[1].values()))
     first, last = (markov.SYMBOLS.index(symbol) for symbol in pair)
     cumulative = (0.0, *markov._chain()[first][last])
-    shares = [b - a for a, b in zip(cumulative, cumulative[1:], strict=False)]
+    shares = [b - a for a, b in pairwise(cumulative)]
     for symbol, share in zip(markov.SYMBOLS, shares, strict=True):
         assert abs(counts[symbol] / sum(counts.values()) - share) < 0.05
 

@@ -212,7 +212,8 @@ def test_of_many_rows_only_neighbours_are_joined(monkeypatch: pytest.MonkeyPatch
 def test_the_eigenvalues_are_those_of_the_random_walk() -> None:
     points, _ = groups(3, [8, 7, 9])
     affinity = kernel(points)
-    assert numpy.median(affinity[numpy.triu_indices(24, 1)]) == pytest.approx(math.exp(-0.5))
+    in_widths = numpy.sqrt(-2 * numpy.log(affinity))
+    assert numpy.median(in_widths) == pytest.approx(1.0)  # of all pairs, each point with itself, too
     walk = affinity / affinity.sum(axis=1, keepdims=True)
     values, vectors, weights = spectrum(points, 4)
     assert values == pytest.approx(sorted(numpy.linalg.eigvals(walk).real, reverse=True)[:4])
@@ -444,7 +445,8 @@ def test_chosen_rows_are_the_data_of_a_stage(tmp_path: Path) -> None:
         "target": TRAIN, "pruned": "target > prune.magnitude(sparsity=0.5)",
         "some": "data.sample(data=\"authors/forget10\", share=0.1)",
         "worst": "pruned > data.paser(dense=target, data=\"authors/forget10\", share=0.1)",
-        "healed": "pruned > distill.cross_entropy(data=worst, steps=2)", "control": "pruned > distill.cross_entropy(data=some, steps=2)",
+        "healed": "pruned > distill.cross_entropy(data=worst, steps=2)",
+        "control": "pruned > distill.cross_entropy(data=some, steps=2)",
     }, seeds="[0]")  # fmt: skip
     by_name = {job.method: job for job in built.jobs.values()}
     assert set(by_name["data.paser"].parents) == {"model", "dense"}

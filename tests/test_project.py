@@ -212,10 +212,11 @@ def example(heading: str) -> str:
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory: pytest.TempPathFactory) -> Catalogue:
-    """The four examples of CONTRIBUTING, as a folder for ``--config methods=``."""
+    """The five examples of CONTRIBUTING, as a folder for ``--config methods=``."""
     folder = tmp_path_factory.mktemp("examples")
     for heading, name in (
         ("### A method", "unlearn/capped_ascent.py"),
+        ("### A distillation term", "term/mine.py"),
         ("### A producer of an assignment", "search/mine.py"),
         ("### A component", "schedule/halving.py"),
         ("### An evaluation", "evaluations/largest_weight.py"),
@@ -230,6 +231,7 @@ def test_the_examples_in_contributing_are_found_where_they_lie(outside: Catalogu
     for found in (
         outside.method("unlearn.capped_ascent"),
         outside.method("search.mine"),
+        outside.component("term", "mine"),
         outside.component("schedule", "halving"),
         outside.evaluation("largest_weight"),
     ):
@@ -260,6 +262,19 @@ def test_the_example_method_gives_the_number_worked_out_by_hand(outside: Catalog
     )
     value = sum(float(term.sum) * term.weight / term.count for term in terms.values())
     assert value == pytest.approx(-1.5 * math.log(2), abs=1e-6)
+
+
+def test_the_example_term_is_the_distance_worked_out_by_hand(outside: Catalogue) -> None:
+    """Of (1/2, 1/2) from (1, 0) it is 1 - sqrt(1/2), of equal distributions 0; an entry of -inf adds nothing."""
+    import torch
+
+    term = outside.component("term", "mine").load()
+    teacher = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    logits = torch.tensor([[0.0, -math.inf], [0.0, math.log(3)]], requires_grad=True)
+    values = term.divergence(term.Config(), teacher.log(), logits.log_softmax(-1))
+    assert values.tolist() == pytest.approx([1 - math.sqrt(0.5), 0.0], abs=1e-6)
+    values.sum().backward()
+    assert logits.grad is not None and bool(logits.grad.isfinite().all())
 
 
 def test_the_example_allocator_meets_the_budget_exactly(outside: Catalogue) -> None:

@@ -16,7 +16,7 @@ from workflows.experiment import EXPERIMENTS
 SNAKEMAKE = Path(sys.executable).with_name("snakemake")
 ROOT = EXPERIMENTS.parent.parent
 SHIPPED = sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
-NEEDS_DATA = ("stories", "pruning_stories")
+NEEDS_DATA = ("stories", "pruning_stories", "heal_stories")
 
 
 @pytest.mark.parametrize("experiment", SHIPPED)

@@ -1,6 +1,7 @@
 """Clusters of rows in the space of their embeddings: a diffusion map and spectral clustering, for ``data.paser``.
 
-With d the distances between the n points and s their median,
+With d the n**2 distances between the n points and s their median (that of a point from itself counted, as in PASER's
+code),
 
     A = exp(- d**2 / (2 s**2)),     S = D**-1/2 A D**-1/2,     D = diag(row sums of A)
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     Numbers = NDArray[float64]
 
-REVISION = 1
+REVISION = 2
 # Above so many rows, the 134 MB of their distances in float64, neighbours alone are joined.
 DENSE_ROWS = 4096
 NEIGHBOURS = 32
@@ -89,11 +90,11 @@ def spectrum(points: Numbers, count: int) -> tuple[Numbers, Numbers, Numbers]:
 
 
 def kernel(points: Numbers) -> Numbers:
-    """A [n,n] of all distances; the width is their median, or their mean where half of the points are the same."""
+    """A [n,n] of all distances; the width is their median, or their mean where half of them are 0."""
     squares = (points**2).sum(axis=1)
     distances = numpy.maximum(squares[:, None] + squares[None, :] - 2 * points @ points.T, 0.0)
     numpy.fill_diagonal(distances, 0.0)
-    apart = numpy.sqrt(distances[numpy.triu_indices(len(points), 1)])
+    apart = numpy.sqrt(distances)
     width = float(numpy.median(apart)) or float(apart.mean())
     found: Numbers = numpy.exp(distances / (-2 * width**2))
     return found

@@ -4,7 +4,7 @@ Kim, Rush 2016, "Sequence-Level Knowledge Distillation": a student is trained on
 
     L = - E_x [ log q( y | x ) ],      y written by the teacher, here drawn from p(. | x) or, at temperature 0, greedily
 
-so ``teacher > data.generated(...)`` is the data of a ``distill.cross_entropy`` or ``train.sft``. The paper searches
+so ``teacher > data.generated(...)`` is the data of a ``distill.cross_entropy``. The paper searches
 with a beam; drawing is what later work does (microsoft/LMOps, ``generate_data_seqkd.sh``: temperature 1). How the text
 is decoded is part of this stage's options and so of its id. trl's ``seq_kd`` has the teacher write during training and
 keeps its own loss; that is another method.

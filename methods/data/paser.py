@@ -10,7 +10,7 @@ He et al. 2025, "PASER: Post-Training Data Selection for Efficient Pruned Large 
     conflicts      a row with two concepts that are both known but never met in a chosen row is left out
 
 The divergence of a row is the mean over its answer tokens (all tokens of a text). The model is usually trained on what
-was chosen with ``distill`` or ``train.sft``; ``data.sample`` draws as many rows at random.
+was chosen with ``distill``; ``data.sample`` draws as many rows at random.
 
 Read beside the code (BokwaiHo/PASER, ``paser.py``), ours differs:
 

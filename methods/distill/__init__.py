@@ -30,7 +30,7 @@ small, 152,064 in the large); then both are cut to the tokenizer's size and the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -38,7 +38,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from annotated_types import Gt
 
-from methods.find import catalogue
 from methods.loop import Training
 from methods.stage import (
     AssayError,
@@ -51,7 +50,7 @@ from methods.stage import (
     Stage,
     TeacherOutputs,
 )
-from methods.term import Entry, entries
+from methods.term import Entry
 
 if TYPE_CHECKING:
     from methods.data import Part

@@ -22,20 +22,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from methods.data import Part
-    from methods.distill._sources import Said, Source
+    from methods.distill._sources import Layers, Said, Source
 
 # The part of a batch with the same rows in the teacher's own tokens, for terms across tokenizers.
 TEACHER_PART = "teacher"
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What the terms of a mixture need together."""
-
-    teacher: bool
-    hidden: bool
-    attention: bool
-    cross_tokenizer: bool
 
 
 class Mixture:
@@ -63,15 +53,9 @@ class Mixture:
         self._companions: dict[str, nn.Module] = {}
 
     @property
-    def needs(self) -> Needs:
-        """What the terms need together."""
-        every = [entry.flags for entry in self.entries]
-        return Needs(
-            teacher=any(flags.teacher for flags in every),
-            hidden=any(flags.hidden for flags in every),
-            attention=any(flags.attention for flags in every),
-            cross_tokenizer=any(flags.cross_tokenizer for flags in every),
-        )
+    def cross_tokenizer(self) -> bool:
+        """Whether a term compares two tokenisations of the rows."""
+        return any(entry.flags.cross_tokenizer for entry in self.entries)
 
     # --- before training ----------------------------------------------------------------------------------------
 
@@ -119,6 +103,8 @@ class Mixture:
         for name in dict.fromkeys(self._part_of(entry) for entry in self.entries):
             mine = [entry for entry in self.entries if self._part_of(entry) == name]
             found |= self._of_part(mine, student, source, getattr(batch, name), batch)
+        if source is not None:
+            source.forget()
         order = [entry.name for entry in self.entries]
         return dict(sorted(found.items(), key=lambda item: order.index(_owner(item[0], order))))
 
@@ -128,12 +114,9 @@ class Mixture:
     def _of_part(
         self, mine: Sequence[Entry], student: Any, source: Source | None, part: Part, batch: Any
     ) -> dict[str, Term]:
-        hidden, attention = (
-            any(entry.flags.hidden for entry in mine),
-            any(entry.flags.attention for entry in mine),
-        )
-        seen = look(student, part, hidden, attention, self.vocabulary)
-        at = _At(self, source, part, batch, seen, hidden, attention)
+        hidden, (ours, theirs) = any(entry.flags.hidden for entry in mine), _attended(mine)
+        seen = look(student, part, hidden, ours, self.vocabulary)
+        at = _At(self, source, part, batch, seen, hidden, theirs)
         found: dict[str, Term] = {}
         tokens = [entry for entry in mine if entry.flags.form != "terms"]
         for positions in dict.fromkeys(entry.positions for entry in tokens):
@@ -161,8 +144,9 @@ class _At:
     part: Part
     batch: Any
     student: Look
+    # what the teacher shows beside its logits
     hidden: bool
-    attention: bool
+    attention: Layers
 
     def separable(self, group: Sequence[Entry]) -> dict[str, Term]:
         """The terms over the same places, in one pass over the logits."""
@@ -201,11 +185,26 @@ class _At:
             return None
         if entry.flags.cross_tokenizer:
             theirs = getattr(self.batch, TEACHER_PART)
-            return self.source.said(theirs, places(theirs), entry.flags.hidden, entry.flags.attention)
+            return self.source.said(theirs, places(theirs), entry.flags.hidden, _attended([entry])[1])
         return self.source.said(self.part, places(self.part), self.hidden, self.attention)
 
     def _moment(self) -> Moment:
         return Moment(getattr(self.batch, "step", 0), getattr(self.batch, "steps", 1))
+
+
+def _attended(mine: Sequence[Entry]) -> tuple[Layers, Layers]:
+    """The layers of student and teacher whose attention these terms read."""
+    asked = [
+        entry.module.attended(entry.config) if hasattr(entry.module, "attended") else (True, True)
+        for entry in mine
+        if entry.flags.attention
+    ]
+    ours, theirs = [first for first, _ in asked], [second for _, second in asked]
+    return _joined(ours), _joined(theirs)
+
+
+def _joined(asked: Sequence[Layers]) -> Layers:
+    return True if True in asked else frozenset(layer for each in asked if each is not True for layer in each)
 
 
 def _own(values: Mapping[str, float], name: str) -> dict[str, float]:

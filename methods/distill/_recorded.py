@@ -37,13 +37,11 @@ from methods.teacher._files import (
 
 if TYPE_CHECKING:
     from methods.data import Example, Part, Style
-    from methods.distill._sources import Places, Said
+    from methods.distill._sources import Layers, Places, Said
     from methods.term import Entry, Look
 
 # Shards that are kept open at once; each takes a file handle.
 OPEN = 64
-WHOLE = frozenset({"logits"})
-LARGEST = frozenset({"top_k_only"})
 # Of a shard, what belongs to tokens.
 OF_TOKENS = ("logits", "indices", "logsumexp", "logsumexp_cut", "largest")
 
@@ -58,7 +56,6 @@ class Recorded:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
-        self.flags = WHOLE if self.manifest.top_k is None else LARGEST
         # how many entries both vocabularies are cut to; None: they agree as they are
         self.cut_to: int | None = None
         self._open: OrderedDict[int, _Shard] = OrderedDict()
@@ -166,7 +163,7 @@ class Recorded:
 
     # --- what it says -----------------------------------------------------------------------------------------
 
-    def said(self, part: Part, places: Places, hidden: bool = False, attention: bool = False) -> Said:
+    def said(self, part: Part, places: Places, hidden: bool = False, attention: Layers = False) -> Said:
         """What was recorded of the rows of a part, in the order of their answer tokens."""
         assert not hidden and not attention and places.positions == "answers"  # refuse_terms has said so
         if part.numbers is None or bool((part.numbers < 0).any()):
@@ -180,6 +177,9 @@ class Recorded:
                 f"{self.folder} has another number of answer tokens for these rows than the batch: {REMEDY}."
             )
         return RecordedSaid(self, spans, places.index.device)
+
+    def forget(self) -> None:
+        """What is kept is the open files."""
 
     def _span(self, row: int) -> tuple[int, int, int]:
         """The shard of a row, and where its tokens begin and end in it."""

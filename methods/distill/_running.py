@@ -202,7 +202,7 @@ class Teacher:
 
     def examples(self) -> dict[str, Sequence[Example]]:
         """The same rows in the teacher's tokens and prompt style, where a term compares two tokenisations."""
-        if self.live is None or not self.mixture.needs.cross_tokenizer:
+        if self.live is None or not self.mixture.cross_tokenizer:
             return {}
         rows = self.stage.rows("data")
         if not all("question" in row and "answer" in row for row in rows):
@@ -218,7 +218,7 @@ class Teacher:
 
     def padding(self) -> dict[str, int]:
         """What the teacher's own part is padded with."""
-        if self.live is None or not self.mixture.needs.cross_tokenizer:
+        if self.live is None or not self.mixture.cross_tokenizer:
             return {}
         return {TEACHER_PART: padding_id(load_tokenizer(self.live))}
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
 
     from methods.data import Part
+    from methods.distill._sources import Layers
     from methods.term import Look
 
 REVISION = 1
@@ -69,7 +70,7 @@ class SharedKeys(Live):
         super().__init__(model, entries)
         self.kept = kept
 
-    def look(self, part: Part, hidden: bool = False, attention: bool = False) -> Look:
+    def look(self, part: Part, hidden: bool = False, attention: Layers = False) -> Look:
         """Its states on a part that the student has just seen."""
         if not any(self.kept.layers):
             raise AssayError(

@@ -1,9 +1,8 @@
 """Teachers: what a student is shown. A model that runs beside it, several of them, or what one has written down.
 
 A ``Source`` is asked once for each part of a batch: ``said`` gives an answer that is then read block by block, so that
-the distributions of all tokens are never held at once. What a source can give is in its ``flags``: ``logits`` (whole
-distributions), ``top_k_only`` (the largest entries alone), ``hidden``, ``attention``, and ``on_policy`` (an answer to
-text that was not known beforehand). torch is imported at the top: this module is only loaded by a running job.
+the distributions of all tokens are never held at once. torch is imported at the top: this module is only loaded by a
+running job.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
     from methods.data import Part
     from methods.term import Look, Positions
 
-LIVE = frozenset({"logits", "hidden", "attention", "on_policy"})
-TOGETHER = frozenset({"logits", "on_policy"})
+# The layers whose attention is to be shown, from 0, -1 for the last that attends; True for all, nothing for none.
+Layers = frozenset[int] | bool
 
 
 # --- places ---------------------------------------------------------------------------------------------------
@@ -102,12 +101,14 @@ class Said(Protocol):
 
 
 class Source(Protocol):
-    """A teacher. ``flags`` says what it can give."""
+    """A teacher."""
 
-    flags: frozenset[str]
-
-    def said(self, part: Part, places: Places, hidden: bool = False, attention: bool = False) -> Said:
+    def said(self, part: Part, places: Places, hidden: bool = False, attention: Layers = False) -> Said:
         """Its answer to a part at these places; with ``hidden`` or ``attention`` the answer has a ``look``."""
+        ...
+
+    def forget(self) -> None:
+        """Let go of what was kept for further questions about the same part."""
         ...
 
 
@@ -117,31 +118,28 @@ class Source(Protocol):
 class Live:
     """A teacher in evaluation mode: no gradient, outside the student's module tree."""
 
-    flags = LIVE
-
     def __init__(self, model: Any, entries: int | None = None) -> None:
         """``entries``: how many of its logits there are in both vocabularies, where it has more."""
         self.model, self.entries = model, entries
         # Several groups of places of one part are asked for one after the other: one forward pass serves all.
-        self._last: tuple[Part, bool, bool, Look] | None = None
+        self._last: tuple[Part, bool, Layers, Look] | None = None
 
-    def said(self, part: Part, places: Places, hidden: bool = False, attention: bool = False) -> Said:
+    def said(self, part: Part, places: Places, hidden: bool = False, attention: Layers = False) -> Said:
         found = self.look(part, hidden, attention)
         return LiveSaid(found, found.states.flatten(0, 1)[places.index])
 
-    def look(self, part: Part, hidden: bool = False, attention: bool = False) -> Look:
+    def forget(self) -> None:
+        self._last = None
+
+    def look(self, part: Part, hidden: bool = False, attention: Layers = False) -> Look:
         """Its states, and hidden states or attention where asked for."""
         from methods.term._blocks import look
 
         if self._last is None or self._last[0] is not part or self._last[1:3] != (hidden, attention):
             self._last = None
             with torch.no_grad():
-                self._last = (
-                    part,
-                    hidden,
-                    attention,
-                    look(self.model, part, hidden, attention, self.entries),
-                )
+                found = look(self.model, part, hidden, attention, self.entries)
+            self._last = part, hidden, attention, found
         return self._last[3]
 
 
@@ -177,15 +175,17 @@ class Ensemble:
     They run one after the other, and of each only the states at the places are kept.
     """
 
-    flags = TOGETHER
-
     def __init__(
         self, members: Sequence[Live], mean: Literal["probabilities", "logits"] = "probabilities"
     ) -> None:
         self.members, self.mean = members, mean
 
-    def said(self, part: Part, places: Places, hidden: bool = False, attention: bool = False) -> Said:
+    def said(self, part: Part, places: Places, hidden: bool = False, attention: Layers = False) -> Said:
         return EnsembleSaid([member.said(part, places) for member in self.members], self.mean)
+
+    def forget(self) -> None:
+        for member in self.members:
+            member.forget()
 
 
 class EnsembleSaid:

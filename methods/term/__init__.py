@@ -19,12 +19,14 @@ that the student wrote) and ``WHOLE_BATCH`` (False: needs all rows of a batch at
     check(config, student, teacher)         both ``config.json`` as mappings, before weights are loaded; AssayError
     prepare(config, setting) -> memory      once, before training
     companion(config, setting) -> Module    trained with the student, never in its checkpoint
+    attended(config) -> (layers, layers)    of student and teacher whose attention is read, from 0, as sets; -1: the
+                                            last that attends; left out: all of them
     start(config) -> {name: float}          numbers that change from step to step, and after each step
     after(config, values, mean, step, steps) -> {name: float}      what they become, given the term's global mean
 
 Nothing here loads torch: the planner reads every term's options and constants before a single job runs. The files of
-this folder are in the id of a stage that is given them as options; for methods that name terms themselves ``REVISION``
-stands for them, too.
+terms are in the id of a stage, whether they are given as options or named by its method; ``REVISION`` stands for the
+private files of this folder.
 """
 
 from __future__ import annotations

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# The last layer that attends.
+LAST = -1
+
+
 @dataclass(frozen=True)
 class Attended:
     """What one layer attends with: A = softmax(scaling * query key' + mask).
@@ -93,15 +97,17 @@ def recorded(model: Any, layers: Collection[int] | None = None) -> Iterator[list
     """``with recorded(model) as found``: what the model's layers attended with in its last pass, in their order.
 
     Args:
-        layers: which are kept, from 0; None: all.
+        layers: which are kept, from 0, ``LAST`` for the last that attends; None: all.
     Raises:
         AssayError: none of them attends through transformers' interface; None stands for a layer without attention.
     """
     found: list[Attended | None] = [None] * layer_count(model)
 
     def keep(layer: int, attended: Attended) -> Attended:
-        if layers is None or layer in layers:
+        if layers is None or layer in layers or LAST in layers:
             found[layer] = attended
+        for earlier in () if layers is None else set(range(layer)).difference(layers):
+            found[earlier] = None
         return attended
 
     with attending(model, keep):

@@ -25,7 +25,7 @@ from methods.terms import widen
 
 if TYPE_CHECKING:
     from methods.data import Part
-    from methods.distill._sources import Places, Said
+    from methods.distill._sources import Layers, Places, Said
 
 # Logits in a block: 64 MiB of float32.
 ENTRIES = 2**24
@@ -35,7 +35,7 @@ ENTRIES = 2**24
 
 
 def look(
-    model: Any, part: Part, hidden: bool = False, attention: bool = False, entries: int | None = None
+    model: Any, part: Part, hidden: bool = False, attention: Layers = False, entries: int | None = None
 ) -> Look:
     """Run a model on a part and stop before its output layer.
 
@@ -77,12 +77,12 @@ def _has_head(model: Any) -> bool:
     return hasattr(unwrapped(model), "get_output_embeddings")
 
 
-def _recording(model: Any, attention: bool) -> Any:
+def _recording(model: Any, attention: Layers) -> Any:
     if not attention:
         return nullcontext()
     from methods.term._attention import recorded
 
-    return recorded(model)
+    return recorded(model, None if attention is True else attention)
 
 
 def _cut(head: Callable[[Tensor], Tensor], entries: int | None) -> Callable[[Tensor], Tensor]:

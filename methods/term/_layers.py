@@ -6,11 +6,11 @@ of the final norm. Nothing is loaded here: student and teacher are compared by t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from methods.stage import AssayError
+from methods.stage import AssayError, Term, Terms
 from methods.term import Weighted
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _refuse_absent(chosen: Pairs, student: int, teacher: int, name: str) -> None
 # --- config.json ----------------------------------------------------------------------------------------------
 
 
-def check(config: Matched, student: Mapping[str, Any], teacher: Mapping[str, Any], name: str) -> None:
+def check(config: Matched, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
     """Whether these two models have the layers and the widths that the options ask for.
 
     Args:
@@ -96,8 +96,14 @@ def check(config: Matched, student: Mapping[str, Any], teacher: Mapping[str, Any
     Raises:
         AssayError: they have not.
     """
+    name = _name(config)
     pairs(config, entry(student, "num_hidden_layers"), entry(teacher, "num_hidden_layers"), name)
     check_widths(config.project, student, teacher, name)
+
+
+def _name(config: Matched) -> str:
+    """The term whose options these are, by the name of its file."""
+    return type(config).__module__.rpartition(".")[2]
 
 
 def check_widths(project: bool, student: Mapping[str, Any], teacher: Mapping[str, Any], name: str) -> None:
@@ -122,9 +128,20 @@ def entry(config: Mapping[str, Any], name: str) -> Any:
 # --- states ---------------------------------------------------------------------------------------------------
 
 
-def compared(
-    config: Matched, view: View, name: str, padding: bool = False
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+def averaged(config: Matched, view: View, distances: Callable[[Tensor, Tensor], Tensor]) -> Terms:
+    """One term for each layer of the student that is compared, under its number; their weights add up to 1.
+
+    Args:
+        distances: of states [n,H] of the student from those of the teacher [n].
+    """
+    layers = list(compared(config, view))
+    return {
+        str(layer): Term(distances(state, target).sum(), view.part.attended, 1 / len(layers))
+        for layer, state, target in layers
+    }
+
+
+def compared(config: Matched, view: View, padding: bool = False) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For every pair the student's layer and both states [n,H] at the n positions that are not padding.
 
     In float32 or wider, the student's projected where the term has projections; ``padding``: at all positions.
@@ -136,20 +153,20 @@ def compared(
     assert ours is not None and theirs is not None
     looked = view.part.attention_mask.bool() | padding
     projected: Any = view.companion
-    for mine, its in pairs(config, len(ours) - 1, len(theirs) - 1, name):
+    for mine, its in pairs(config, len(ours) - 1, len(theirs) - 1, _name(config)):
         state = widen(ours[mine][looked])
         if projected is not None:
             state = widen(projected[str(mine)](state))
         yield mine, state, widen(theirs[its][looked])
 
 
-def projections(config: Matched, setting: Setting, name: str) -> nn.ModuleDict | None:
+def projections(config: Matched, setting: Setting) -> nn.ModuleDict | None:
     """A projection for each layer of the student that is compared, under its number; None where none is asked for."""
     if not config.project:
         return None
     from torch.nn import ModuleDict
 
-    student, teacher = configurations(setting)
+    name, (student, teacher) = _name(config), configurations(setting)
     chosen = pairs(config, entry(student, "num_hidden_layers"), entry(teacher, "num_hidden_layers"), name)
     widths = entry(student, "hidden_size"), entry(teacher, "hidden_size")
     return ModuleDict({str(mine): projection(*widths, setting.seed, f"{name}.{mine}") for mine, _ in chosen})

@@ -12,53 +12,37 @@ of it, which ``squarehead`` levels out between layers, but not within one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from methods.stage import Claim, Term, Terms
-from methods.term._layers import Matched
+from methods.stage import Claim, Terms
+from methods.term import _layers
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from methods.term import Setting, View
+    from methods.term import View
 
 USES = ("methods.term",)
 HIDDEN = True
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Matched):
+class Config(_layers.Matched):
     """Which layers are compared."""
 
 
 CLAIMS: tuple[Claim, ...] = ()
 
 
-def check(config: Config, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
-    """AssayError for layers or widths that cannot be compared."""
-    from methods.term import _layers
-
-    _layers.check(config, student, teacher, "hidden_mse")
-
-
-def companion(config: Config, setting: Setting) -> nn.ModuleDict | None:
-    """The projections W."""
-    from methods.term import _layers
-
-    return _layers.projections(config, setting, "hidden_mse")
+# Layers and widths that cannot be compared are refused; the projections are trained with the student.
+check = _layers.check
+companion = _layers.projections
 
 
 def terms(config: Config, view: View) -> Terms:
     """One term for each layer of the student that is compared, under its number; their weights add up to 1."""
-    from methods.term._layers import compared
-
-    layers = list(compared(config, view, "hidden_mse"))
-    return {
-        str(layer): Term(distances(state, target).sum(), view.part.attended, 1 / len(layers))
-        for layer, state, target in layers
-    }
+    return _layers.averaged(config, view, distances)
 
 
 def distances(state: Tensor, target: Tensor) -> Tensor:

@@ -69,6 +69,12 @@ def check(config: Config, student: Mapping[str, Any], teacher: Mapping[str, Any]
         )
 
 
+def attended(config: Config) -> tuple[frozenset[int], frozenset[int]]:
+    """The layer of the student and that of the teacher whose attention is read, from 0; -1: the last that attends."""
+    student, teacher = ((number or 0) - 1 for number in (config.student_layer, config.teacher_layer))
+    return frozenset({student}), frozenset({teacher})
+
+
 def _refuse_uneven(heads: int, width: int, whose: str) -> None:
     if width % heads:
         raise AssayError(

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from methods.term import Setting, View
 
 USES = ("methods.term", "methods.data")
-HIDDEN = True
+# The teacher's states at the head are in neither a record nor several teachers together.
+RECORDED = False
+ENSEMBLE = False
 # The least length that is divided by.
 EPSILON = 1e-12
 
@@ -121,7 +123,7 @@ def teacher_states(setting: Setting) -> Iterator[tuple[Tensor, Tensor]]:
         rows = setting.examples[start : start + size]
         part = collate(rows, padding, "train").to(setting.device)
         found = places(part)
-        look = setting.source.said(part, found, hidden=True).look
+        look = setting.source.said(part, found).look
         assert look is not None
         yield look.states.flatten(0, 1)[found.index], found.targets
 

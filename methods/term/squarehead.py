@@ -16,17 +16,16 @@ outputs before the final norm, where transformers' last hidden state is the one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from methods.stage import Claim, Term, Terms
-from methods.term._layers import Matched
+from methods.term import _layers
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from methods.term import Setting, View
+    from methods.term import View
 
 USES = ("methods.term",)
 HIDDEN = True
@@ -34,7 +33,7 @@ EPSILON = 2.0**-7
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Matched):
+class Config(_layers.Matched):
     """Options of SquareHead."""
 
     # count positions of padding, too, as AST's code does on packed text
@@ -44,27 +43,16 @@ class Config(Matched):
 CLAIMS: tuple[Claim, ...] = ()
 
 
-def check(config: Config, student: Mapping[str, Any], teacher: Mapping[str, Any]) -> None:
-    """AssayError for layers or widths that cannot be compared."""
-    from methods.term import _layers
-
-    _layers.check(config, student, teacher, "squarehead")
-
-
-def companion(config: Config, setting: Setting) -> nn.ModuleDict | None:
-    """The projections."""
-    from methods.term import _layers
-
-    return _layers.projections(config, setting, "squarehead")
+# Layers and widths that cannot be compared are refused; the projections are trained with the student.
+check = _layers.check
+companion = _layers.projections
 
 
 def terms(config: Config, view: View) -> Terms:
     """One term for each layer of the student that is compared, under its number."""
-    from methods.term._layers import compared
-
     return {
         str(layer): layer_term(state, target)
-        for layer, state, target in compared(config, view, "squarehead", config.padding)
+        for layer, state, target in _layers.compared(config, view, config.padding)
     }
 
 

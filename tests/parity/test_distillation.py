@@ -63,10 +63,7 @@ def mixed(hyper: Options) -> dict[str, Component]:
 
 
 def kd_loss(hyper: Options) -> dict[str, Component]:
-    """torchdistill's alpha is the weight of the cross-entropy, without which (None, or 0) there is neither T**2 nor beta.
-
-    ND's code has only T.
-    """
+    """torchdistill's alpha is the weight of the cross-entropy: without it neither T**2 nor beta. ND's has only T."""
     temperature, alpha = float(hyper.get("temperature", hyper.get("T"))), float(hyper.get("alpha") or 0.0)
     beta = hyper.get("beta")
     weight = float(1 - alpha if beta is None else beta) if alpha else 1.0

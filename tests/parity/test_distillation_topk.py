@@ -51,14 +51,15 @@ PAST = [case for case in cases(claims) if "mode" not in case["hyper"]]
 class Kept:
     """A source of stored largest entries, indices and log-probabilities [B,T,k]."""
 
-    flags = frozenset({"top_k_only"})
-
     def __init__(self, indices: Tensor, log_p: Tensor) -> None:
         self.indices, self.log_p = indices, log_p
 
     def said(self, part: Any, places: Places, hidden: bool = False, attention: bool = False) -> Any:
         found = [each.flatten(0, 1)[places.index] for each in (self.indices, self.log_p)]
         return SimpleNamespace(look=None, top=lambda rows, temperature: (found[0][rows], found[1][rows]))
+
+    def forget(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize("case", TOP_K, ids=name_of)
