@@ -13,7 +13,10 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +24,33 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from methods.data import Example, Style
+    from methods.stage import Stage
 
 REVISION = 1
+
+
+@dataclass
+class Cost:
+    """What was written within a stage and what that took, over all attempts; kWh only where energy is metered."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    kwh: float | None = None
+
+    @contextmanager
+    def metered(self, stage: Stage) -> Iterator[None]:
+        """Add what is used within."""
+        before, start = stage.spent().get("kwh"), perf_counter()
+        yield
+        self.seconds += perf_counter() - start
+        if before is not None:
+            self.kwh = (self.kwh or 0.0) + stage.spent()["kwh"] - before
+
+    def notes(self) -> dict[str, float]:
+        """As the record of the stage has them."""
+        found = {"generated_tokens": self.tokens, "generation_seconds": self.seconds}
+        return found if self.kwh is None else found | {"generation_kwh": self.kwh}
+
 
 # From the logits [B,V] of a step, and its number, to the tokens [B] that are written.
 Choose = Callable[["Tensor", int], "Tensor"]

@@ -24,17 +24,17 @@ import copy
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from time import perf_counter
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from annotated_types import Ge, Gt
 
 from methods.find import catalogue
+from methods.generate import Cost
 from methods.gradient import Gradient, Loss, Outer, Weigh, Workers
 from methods.probes import Probes
 from methods.progress import link, pack, unpack
@@ -474,7 +474,7 @@ class _Run:
         from methods.checkpoint import is_classifier, load_tokenizer
 
         self.masking, self.companions, self.writing = masking, companions or {}, writing
-        self.written = _Written()
+        self.written = Cost()
         self.stage, self.model, self.settings = stage, model, settings
         self.batches, self.source = batches, source
         self.accelerator = make_accelerator(settings)
@@ -575,8 +575,10 @@ class _Run:
         parts = self.batches.collated(step, self.tokenizer)
         if self.writing is None:
             return parts
-        with self.written.metered(self.stage, self.writing), self._masks_shown(step):
-            return self.writing.parts(step, parts, self.model)
+        with self.written.metered(self.stage), self._masks_shown(step):
+            written = self.writing.parts(step, parts, self.model)
+        self.written.tokens += self.writing.tokens
+        return written
 
     def _clip(self, step: int) -> float:
         """Mask, measure and clip the gradient; the norm is that before clipping."""
@@ -653,7 +655,7 @@ class _Run:
         self.values = dict(state.values["values"])
         if self.writing is not None:
             self.writing.resume(state.values["writing"])
-            self.written = _Written(**state.values["written"])
+            self.written = Cost(**state.values["written"])
         self.stage.notes["spent_at_step"] = state.values["spent_at_step"]
         self.stage.notes["resumed_from_step"] = state.step
 
@@ -737,32 +739,6 @@ class _Run:
         save_model(model, folder, self.source, self.settings.saved)
         _save_companions(self.companions, folder / COMPANIONS)
         return {"nonzero_after": weights.nonzero()[1], "update_lost_in_saving": weights.lost_in_saving()}
-
-
-@dataclass
-class _Written:
-    """What a model has written while it was trained, and what that cost, over all attempts."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    kwh: float = 0.0
-    metered_energy: bool = False
-
-    @contextmanager
-    def metered(self, stage: Stage, writing: Writing) -> Iterator[None]:
-        """Count what is written and used within."""
-        before, start = stage.spent(), perf_counter()
-        yield
-        self.seconds += perf_counter() - start
-        self.tokens += writing.tokens
-        if "kwh" in before:
-            self.metered_energy = True
-            self.kwh += stage.spent()["kwh"] - before["kwh"]
-
-    def notes(self) -> dict[str, Any]:
-        """The energy only where it was measured."""
-        found = {"generated_tokens": self.tokens, "generation_seconds": self.seconds}
-        return found | ({"generation_kwh": self.kwh} if self.metered_energy else {})
 
 
 def _save_companions(companions: Mapping[str, Module], folder: Path) -> None:

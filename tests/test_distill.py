@@ -323,6 +323,16 @@ def test_a_stage_has_one_teacher(options: dict[str, Any], sentence: str) -> None
             "squarehead looks at hidden states, and a record has logits alone",
         ),
         (("minilm",), {"recorded": TEACHER}, "minilm looks at attention, and a record has logits alone"),
+        (
+            ("uld", "cross_entropy"),
+            {"recorded": TEACHER},
+            "uld needs a teacher that answers while the student",
+        ),
+        (
+            ("uld", "cross_entropy"),
+            {"ensemble": (TEACHER,)},
+            "uld needs one model, and several models together",
+        ),
         (("sampled_reverse_kl",), {}, "works only on text that the student wrote"),
         (("dist",), {"micro_batch": 4, "batch": 8}, "dist compares all rows of a batch with each other"),
     ],

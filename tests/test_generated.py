@@ -14,7 +14,7 @@ from methods.distill import cross_entropy, run
 from methods.generate import prompt_of
 from methods.progress import Progress
 from methods.stage import AssayError, Component, Interrupted, Parent
-from tests.training import ROWS, WORDS, make_parent, make_stage, weights_of
+from tests.training import ROWS, WORDS, make_stage, perturbed
 
 TEXTS = [
     {"text": f"The {word} grows beside the {WORDS[-number]} and the inlet."}
@@ -30,20 +30,6 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return perturbed(tmp_path_factory.mktemp("other"), 2)
-
-
-def perturbed(folder: Path, seed: int) -> Path:
-    """A model whose large weights make it prefer some tokens."""
-    from safetensors.torch import save_file
-
-    make_parent(folder)
-    draw = torch.Generator().manual_seed(seed)
-    weights = {
-        name: weight + 0.3 * torch.randn(weight.shape, generator=draw)
-        for name, weight in weights_of(folder).items()
-    }
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
 
 
 def write(

@@ -20,6 +20,8 @@ from methods import distill
 from methods.architectures import with_head
 from methods.architectures.pruned_llama import PrunedLlamaConfig, PrunedLlamaForCausalLM
 from methods.data import Example, Part
+from methods.distill._mixture import Mixture
+from methods.distill._sources import Live
 from methods.find import catalogue
 from methods.gradient import Gradient
 from methods.stage import AssayError, Component, Parent, Term
@@ -420,6 +422,30 @@ def test_only_the_asked_layers_of_the_asked_model_are_recorded() -> None:
         model(**inputs())
     assert [each is None for each in found] == [True, True, False]
     assert found[2].key.shape[1] == 2  # not GPT-2's four
+
+
+def test_the_last_layer_that_attends_can_be_asked_for_whatever_its_number() -> None:
+    model = make_model("llama")
+    with recorded(model, layers={0, -1}) as found:
+        model(**inputs())
+    assert [each is None for each in found] == [False, True, False]
+
+
+def test_minilm_keeps_the_attention_of_the_layers_that_it_compares_alone() -> None:
+    shown: list[Look] = []
+
+    class Teacher(Live):
+        def look(self, *asked: Any) -> Look:
+            shown.append(super().look(*asked))
+            return shown[-1]
+
+    student, teacher = make_model("llama"), Teacher(make_model("gpt2"))
+    mixture = Mixture([of("minilm", teacher_layer=2), of("minilm", weight=0.5)])
+    found = mixture.terms(student, teacher, SimpleNamespace(train=make_part(PADDED)))
+    assert set(found) == {"minilm.attention", "minilm.values", "minilm.2.attention", "minilm.2.values"}
+    assert [each is None for each in shown[0].attention] == [True, False, False]
+    assert shown[0] is shown[1]  # one pass for both
+    assert teacher._last is None  # and nothing is held beyond the step
 
 
 def test_two_models_can_be_recorded_at_once() -> None:

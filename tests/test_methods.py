@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +65,43 @@ CITATION = re.compile(r'et al\.|"[A-Z][^"]+"|arXiv|[A-Za-z][\w-]+/[A-Za-z][\w.-]
 
 def name_of(found: Found) -> str:
     return found.name
+
+
+def private_pieces(found: Found) -> set[str]:
+    """The ``_x.py`` with a REVISION of their own that a file imports, itself or through others that have none."""
+    pieces: set[str] = set()
+    seen, todo = set(), private_imports(found.path)
+    while todo:
+        module = todo.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        try:
+            pieces |= {module} if code.revision(module) else set()
+        except AssayError:
+            todo |= private_imports(code.ROOT.joinpath(*module.split(".")).with_suffix(".py"))
+    return pieces
+
+
+def private_imports(path: Path) -> set[str]:
+    """The modules ``methods.family._x`` that a file imports anywhere but for its annotations."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = {
+        id(node)
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and ast.unparse(test.test) == "TYPE_CHECKING"
+        for node in ast.walk(test)
+    }
+    imports = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and id(node) not in skipped
+    ]
+    names = {node.module or "" for node in imports}
+    names |= {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+    return {name for name in names if re.fullmatch(r"methods\.\w+\._[a-z]\w*", name) and is_file(name)}
+
+
+def is_file(module: str) -> bool:
+    return code.ROOT.joinpath(*module.split(".")).with_suffix(".py").is_file()
 
 
 def of_family(*families: str) -> list[Found]:
@@ -125,6 +163,12 @@ def test_what_it_uses_has_a_revision(found: Found) -> None:
     family = [f"methods.{found.family}"] if found in METHODS else []
     for module in (*getattr(found.load(), "USES", ()), *family):
         assert code.revision(module) >= 1
+
+
+@pytest.mark.parametrize("found", [*STAGES, *COMPONENTS], ids=name_of)
+def test_a_private_piece_with_a_revision_is_named_by_what_imports_it(found: Found) -> None:
+    """Or a change of what it computes would leave the ids of old jobs as they are."""
+    assert private_pieces(found) <= set(getattr(found.load(), "USES", ()))
 
 
 @pytest.mark.parametrize("found", [*METHODS, *COMPONENTS, *EVALUATIONS], ids=name_of)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from methods.distill._sources import Live
 from methods.gradient import Gradient
 from methods.stage import AssayError, Component, Parent
 from methods.term import Look, Tokens, View, _blocks, dac_kl, span_consistency
-from tests.training import make_parent, make_stage, same, weights_of
+from tests.training import curve_of, make_parent, make_stage, same, weights_of
 
 TEACHER = Parent("model.new-000000000000")
 EVEN = torch.tensor([[0.25, 0.25, 0.25, 0.25]], dtype=torch.float64)
@@ -521,17 +520,9 @@ def trained(folders: tuple[Path, Path], folder: Path, **options: Any) -> Any:
     return stage
 
 
-def curve(folder: Path) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    with open(folder / "result" / "curve.csv", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["term"], []).append(float(row["value"]))
-    return found
-
-
 def test_the_recipe_trains_student_and_bounds(folders: tuple[Path, Path], tmp_path: Path) -> None:
     stage = trained(folders, tmp_path, steps=12, fraction=0.0)
-    lines = curve(tmp_path)
+    lines = curve_of(stage)
     assert {"cross_entropy", "dac_kl", "dac_kl.kept_mass", "dac_kl.kept", "span_consistency"} <= set(lines)
     assert lines["dac_kl"][-1] < lines["dac_kl"][0]
     assert lines["cross_entropy"][-1] < lines["cross_entropy"][0]
@@ -544,13 +535,19 @@ def test_the_recipe_trains_student_and_bounds(folders: tuple[Path, Path], tmp_pa
 def test_what_is_written_is_counted_and_the_same_again(folders: tuple[Path, Path], tmp_path: Path) -> None:
     one, two = (trained(folders, tmp_path / name) for name in ("one", "two"))
     assert 5 * 4 < one.notes["generated_tokens"] <= 5 * 4 * 12
-    assert set(curve(tmp_path / "one")["corrected"]) <= {0.0, 0.25, 0.5, 0.75, 1.0}
-    assert max(curve(tmp_path / "one")["corrected"]) > 0
+    assert set(curve_of(one)["corrected"]) <= {0.0, 0.25, 0.5, 0.75, 1.0}
+    assert max(curve_of(one)["corrected"]) > 0
     assert same(weights_of(one.folder / "model"), weights_of(two.folder / "model"))
 
 
 def test_the_losses_stand_for_themselves(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    trained(folders, tmp_path, divergence=Component("forward_kl"), cross_entropy=0.0, steps=1)
-    assert "forward_kl" in curve(tmp_path) and "dac_kl" not in curve(tmp_path)
+    stage = trained(folders, tmp_path, divergence=Component("forward_kl"), cross_entropy=0.0, steps=1)
+    assert "forward_kl" in curve_of(stage) and "dac_kl" not in curve_of(stage)
     with pytest.raises(AssayError, match="stands in two places"):
         mgsr.Config(teacher=TEACHER, divergence=Component("span_consistency"))
+
+
+@pytest.mark.parametrize("name", ["policy_gradient", "sampled_reverse_kl"])
+def test_terms_on_text_as_the_student_drew_it_are_refused(name: str) -> None:
+    with pytest.raises(AssayError, match=f"{name} works only on text as the student drew it"):
+        mgsr.Config(teacher=TEACHER, span=Component(name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from methods.stage import AssayError, Component, Parent, Stage
 from methods.term import Tokens, of
 from methods.term import policy_gradient as pg
 from tests.small_models import llama
-from tests.training import make_parent, make_stage, same, weights_of
+from tests.training import curve_of, make_parent, make_stage, perturbed, same, weights_of
 
 TEACHER = Parent("model.new-000000000000")
 FAST = Component("adamw", {"learning_rate": 1e-2})
@@ -58,16 +57,7 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another model with the same tokenizer, of large weights."""
-    from safetensors.torch import save_file
-
-    folder = make_parent(tmp_path_factory.mktemp("teacher"))
-    draw = torch.Generator().manual_seed(8)
-    weights = {
-        name: weight + 0.3 * torch.randn(weight.shape, generator=draw)
-        for name, weight in weights_of(folder).items()
-    }
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    return perturbed(tmp_path_factory.mktemp("teacher"), 8)
 
 
 def train(
@@ -78,14 +68,6 @@ def train(
     stage = make_stage(parent, folder, config, teacher=teacher)
     run(stage, module)
     return stage
-
-
-def curve(stage: Stage) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    with open(stage.folder / "curve.csv", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["term"], []).append(float(row["value"]))
-    return found
 
 
 # --- drawing --------------------------------------------------------------------------------------------------
@@ -355,7 +337,7 @@ def test_gkd_without_writing_is_distillation_on_the_data_bit_for_bit(
 def test_gkd_replaces_whole_batches_as_often_as_asked(parent: Path, teacher: Path, tmp_path: Path) -> None:
     before = weights_of(teacher)
     stage = train(gkd, parent, teacher, tmp_path, {"steps": 12, "max_new_tokens": 3})
-    wrote = curve(stage)["on_policy"]
+    wrote = curve_of(stage)["on_policy"]
     assert set(wrote) == {0.0, 1.0}
     assert stage.notes["student_batches"] == sum(wrote)
     assert sum(wrote) * 4 <= stage.notes["generated_tokens"] <= sum(wrote) * 12
@@ -385,7 +367,7 @@ def test_a_killed_run_ends_with_the_same_bits(
         resumed = train(module, parent, teacher, tmp_path / str(killed))
         assert resumed.notes["resumed_from_step"] == killed // 2 * 2
         assert same(weights_of(resumed.folder / "model"), weights_of(whole.folder / "model"))
-        assert curve(resumed) == curve(whole)
+        assert curve_of(resumed) == curve_of(whole)
         # what was written after the last saved state is written again, and only counted once
         for note in ("generated_tokens", "student_batches", "replayed_batches", "rollout_sets"):
             assert resumed.notes.get(note) == whole.notes.get(note)
@@ -403,8 +385,8 @@ def test_the_student_writes_the_same_whatever_goes_through_it_at_once(
         module, parent, teacher, tmp_path / "pieces", {"steps": 3, "written_at_once": 1, "micro_batch": 2}
     )
     assert pieces.notes["generated_tokens"] == whole.notes["generated_tokens"]
-    for term, values in curve(whole).items():
-        assert curve(pieces)[term] == pytest.approx(values, rel=2e-3, abs=1e-4), term
+    for term, values in curve_of(whole).items():
+        assert curve_of(pieces)[term] == pytest.approx(values, rel=2e-3, abs=1e-4), term
 
 
 # --- distillm -------------------------------------------------------------------------------------------------
@@ -541,7 +523,7 @@ def test_minillm_brings_the_student_nearer_to_the_teacher(
     parent: Path, teacher: Path, tmp_path: Path
 ) -> None:
     changes = {"steps": 30, "rollouts": 8, "batch": 8, "language_model": 0.0}
-    found = curve(train(minillm, parent, teacher, tmp_path, changes))
+    found = curve_of(train(minillm, parent, teacher, tmp_path, changes))
     assert found["reverse_kl"][-1] < 0.7 * found["reverse_kl"][0]
     assert {"policy_gradient", "reverse_kl", "rollouts.reward"} <= found.keys()
     assert "cross_entropy" not in found

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from methods import distill
 from methods.checkpoint import load_model, load_tokenizer
 from methods.data import Example, Part, Style, collate, encode, padding_id
-from methods.distill import mix, own_past
+from methods.distill import mgsr, mix, own_past
 from methods.distill._past import Past, earlier, likeliest, trajectory_losses
 from methods.find import catalogue
-from methods.stage import AssayError, Component, Stage
-from methods.term import of
+from methods.stage import AssayError, Component, Parent, Stage
+from methods.term import entries, of
 from methods.terms import forward, relative_entropy
 from tests.training import ROWS, make_parent, make_stage, same, weights_of
 
@@ -236,6 +236,15 @@ def test_alone_it_would_have_nothing_to_start_from(parent: Path, tmp_path: Path)
     config = mix.Config(data="first", context_tokens=64, steps=1, batch=4, terms=terms)
     with pytest.raises(AssayError, match=r"own_past cannot be the only term.*add cross_entropy\(\)"):
         distill.run(make_stage(parent, tmp_path, config), mix)
+
+
+def test_text_that_the_student_writes_has_no_past() -> None:
+    teacher = Parent("model.new-000000000000")
+    config = mgsr.Config(teacher=teacher, divergence=of("own_past"))
+    with pytest.raises(
+        AssayError, match="own_past knows each row by its place in the data, which text that the st"
+    ):
+        distill.refuse_terms("distill.mgsr", config, entries(mgsr.terms(config)), writes=True)
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

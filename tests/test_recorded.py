@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -371,6 +372,33 @@ def test_folders_that_hold_no_record_are_refused(largest: Stage, tmp_path: Path)
     where: Any = SimpleNamespace(positions="answers", index=torch.zeros(1))
     with pytest.raises(AssayError, match=r"is no whole shard of a teacher's outputs"):
         Recorded(tmp_path).said(part, where)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"file": "../answers-00000.safetensors"},
+            r"\.\./answers-00000\.safetensors is missing or is not the file",
+        ),
+        ({"file": "/etc/passwd"}, r"/etc/passwd is missing or is not the file itself"),
+        ({"rows": [1, 2]}, r"a shard begins with row 1 where 0 comes"),
+        ({"tokens": 1}, r"its shards have \d+ rows and 1 tokens"),
+        ({"tokens": "many"}, r"does not describe a teacher's outputs"),
+    ],
+)
+def test_a_manifest_that_was_tampered_with_is_refused(
+    largest: Stage, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    """No file outside the folder is opened, even where there is one of that name."""
+    files = tmp_path / "files"
+    shutil.copytree(largest.folder / "files", files)
+    shutil.copy(files / "answers-00000.safetensors", tmp_path)
+    about = json.loads((files / "manifest.json").read_text())
+    about["shards"][0] |= change
+    (files / "manifest.json").write_text(json.dumps(about))
+    with pytest.raises(AssayError, match=said):
+        Recorded(files)
 
 
 # --- the record in the place of the teacher -------------------------------------------------------------------------

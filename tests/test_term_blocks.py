@@ -314,6 +314,7 @@ PLAIN = Flags(
     ensemble=True,
     cross_tokenizer=False,
     sampled=False,
+    sample_id=False,
     whole_batch=False,
 )
 
@@ -436,6 +437,8 @@ def test_flags_have_defaults_that_follow_from_what_a_term_looks_at() -> None:
     assert (inside.hidden, inside.recorded, inside.ensemble) == (True, False, False)
     with pytest.raises(AssayError, match=r"exactly one of divergence, token_losses, terms; it has none"):
         flags(SimpleNamespace(__name__="term.own"))
+    with pytest.raises(AssayError, match="TOP_K is for a divergence alone; token_losses is given the logits"):
+        flags(SimpleNamespace(__name__="term.own", token_losses=lambda *_: None, TOP_K=True))
 
 
 def test_a_view_has_the_logits_of_both_at_the_answer_places() -> None:

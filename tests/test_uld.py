@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from methods.distill import mix
 from methods.gradient import Gradient
 from methods.stage import AssayError, Component, Parent
 from methods.term import Look, View, _blocks, uld
-from tests.training import ROWS, make_parent, make_stage
+from tests.training import ROWS, curve_of, make_parent, make_stage
 
 TEACHER = Parent("model.new-000000000000")
 
@@ -200,19 +199,11 @@ def trained(student: Path, teacher: Path, folder: Path, *terms: Component, **opt
     return stage
 
 
-def curve(folder: Path) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    with open(folder / "result" / "curve.csv", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            found.setdefault(row["term"], []).append(float(row["value"]))
-    return found
-
-
 def test_a_student_learns_from_a_teacher_with_other_tokens(
     student: Path, stranger: Path, tmp_path: Path
 ) -> None:
     stage = trained(student, stranger, tmp_path, Component("cross_entropy"), Component("uld"))
-    lines = curve(tmp_path)
+    lines = curve_of(stage)
     assert lines["uld"][-1] < lines["uld"][0]
     assert lines["cross_entropy"][-1] < lines["cross_entropy"][0]
     assert "uld" not in stage.notes
@@ -226,8 +217,8 @@ def test_micro_batches_of_two_tokenisations_give_the_same_model(
     for size in (None, 1):
         folder = tmp_path / str(size)
         terms = (Component("cross_entropy"), Component("uld"))
-        trained(student, stranger, folder, *terms, micro_batch=size, steps=2, optimizer=descent)
-        found.append(curve(folder))
+        options: dict[str, Any] = {"micro_batch": size, "steps": 2, "optimizer": descent}
+        found.append(curve_of(trained(student, stranger, folder, *terms, **options)))
     for name, values in found[0].items():
         assert found[1][name] == pytest.approx(values, rel=1e-4), name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,29 @@ def weights_of(folder: Path) -> Mapping[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors")
+
+
+def perturbed(folder: Path, seed: int) -> Path:
+    """``make_parent`` with larger weights, so that it prefers some tokens to others."""
+    from safetensors.torch import save_file
+
+    make_parent(folder)
+    draw = torch.Generator().manual_seed(seed)
+    weights = {
+        name: weight + 0.3 * torch.randn(weight.shape, generator=draw)
+        for name, weight in weights_of(folder).items()
+    }
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def curve_of(stage: Stage) -> dict[str, list[float]]:
+    """What a stage logged, term by term, in the order of the steps."""
+    found: dict[str, list[float]] = {}
+    with open(stage.folder / "curve.csv", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["term"], []).append(float(row["value"]))
+    return found
 
 
 def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:

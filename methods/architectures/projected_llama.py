@@ -25,9 +25,6 @@ from transformers.models.llama.modeling_llama import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The buffers of an attention.
-BASES = ("key_basis", "value_basis", "value_mean")
-
 
 class ProjectedLlamaConfig(LlamaConfig):
     """A Llama configuration with the numbers of coordinates that the cache holds of each key and value."""

@@ -16,15 +16,14 @@ under infinite compute", mixes such text with the real one: ``mix=True``). A mem
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 
+from methods.generate import Cost
 from methods.stage import AssayError, Claim, How, Model, Rows, Stage
 
 # The seed draws the text.
@@ -84,7 +83,6 @@ def run(stage: Stage) -> None:
     stage.notes |= {
         "texts": len(written),
         "texts_cut": sum(not text.ended for text in written),
-        "generated_tokens": sum(text.tokens for text in written),
         **cost.notes(),
     }
     found = [written[place].row for place in order]
@@ -136,36 +134,15 @@ class _Text:
     ended: bool
 
 
-@dataclass
-class _Cost:
-    """What writing took, over all attempts; kilowatt-hours only where energy is metered."""
-
-    seconds: float = 0.0
-    kwh: float | None = None
-
-    @contextmanager
-    def metered(self, stage: Stage) -> Iterator[None]:
-        """Add what is used within."""
-        before, start = stage.spent().get("kwh"), perf_counter()
-        yield
-        self.seconds += perf_counter() - start
-        if before is not None:
-            self.kwh = (self.kwh or 0.0) + stage.spent()["kwh"] - before
-
-    def notes(self) -> dict[str, float]:
-        found = {"generation_seconds": self.seconds}
-        return found if self.kwh is None else found | {"generation_kwh": self.kwh}
-
-
 def _written(
     stage: Stage, rows: Sequence[Mapping[str, Any]], tasks: Sequence[_Task]
-) -> tuple[list[_Text], _Cost]:
+) -> tuple[list[_Text], Cost]:
     """All texts and what they took; goes on where an earlier attempt had stopped."""
     stage.progress.save_seconds = stage.config.save_seconds
     try:
         state = stage.progress.load()
         found = [_Text(*saved) for saved in state.values["texts"]] if state else []
-        cost = _Cost(**state.values["cost"]) if state else _Cost()
+        cost = Cost(**state.values["cost"]) if state else Cost()
         stage.notes["resumed_from_step"] = len(found)
         groups = _groups(tasks[len(found) :], stage.config.batch)
         writer: _Writer | None = None
@@ -175,7 +152,9 @@ def _written(
                 writer = None  # the last model goes before the next one comes
                 writer = _Writer(stage, member)
             with cost.metered(stage):
-                found += writer.texts(groups[place], rows)
+                texts = writer.texts(groups[place], rows)
+            found += texts
+            cost.tokens += sum(text.tokens for text in texts)
             if stage.progress.due(len(found)):
                 saved = [[text.row, text.tokens, text.ended] for text in found]
                 stage.progress.save(len(found), {}, {"texts": saved, "cost": asdict(cost)})

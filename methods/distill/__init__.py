@@ -5,7 +5,8 @@ family is a recipe: it names its terms and adds what no term can.
 
     terms = an option of that name, or terms(config) -> components in a row or by name
     loss(config, student, teacher, batch) -> Terms      in the place of terms, for a live teacher alone; batch.train is
-                                                        a ``methods.data.Part``, the models answer with .logits
+                                                        a ``methods.data.Part``, the models answer with .logits, and
+                                                        with HIDDEN = True they have layers and widths in common
 
 and, where it needs them,
 
@@ -175,6 +176,8 @@ def _problem(entry: Entry, source: str | None, writes: bool) -> str:
     flags = entry.flags
     if flags.sampled and not writes:
         return "works only on text that the student wrote, and here it writes none: use distill.minillm or distill.gkd"
+    if flags.sample_id and writes:
+        return "knows each row by its place in the data, which text that the student writes has not: leave the term out"
     if not flags.teacher:
         return ""
     if source is None:

@@ -204,7 +204,8 @@ def _attended(mine: Sequence[Entry]) -> tuple[Layers, Layers]:
 
 
 def _joined(asked: Sequence[Layers]) -> Layers:
-    return True if True in asked else frozenset(layer for each in asked if each is not True for layer in each)
+    named = [each for each in asked if not isinstance(each, bool)]
+    return True if len(named) < len(asked) else frozenset[int]().union(*named)
 
 
 def _own(values: Mapping[str, float], name: str) -> dict[str, float]:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SEEDED = True
 USES = (
-    "methods.loop", "methods.data", "methods.checkpoint", "methods.terms", "methods.term", "methods.term.selective",
+    "methods.loop", "methods.data", "methods.checkpoint", "methods.terms", "methods.term",
     "methods.distill._shared_keys",
 )  # fmt: skip
 CLAIMS: tuple[Claim, ...] = ()

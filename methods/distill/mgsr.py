@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Le
 
+from methods.distill import known
 from methods.distill._rollouts import Writer, Written
 from methods.stage import AssayError, Claim, Component, LossTerm
 from methods.term import of
@@ -64,13 +65,19 @@ class Config(Written):
     corrections: Annotated[int, Ge(0)] = 1
 
     def __post_init__(self) -> None:
-        """Each loss has a name of its own in the curve."""
+        """Each loss has a name of its own in the curve, and holds on an answer that the teacher has put right."""
         names = ["cross_entropy", self.divergence.name, self.span.name]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise AssayError(
                 f"distill.mgsr: {twice} stands in two places of the loss; name another term as divergence or span."
             )
+        for entry in known((self.divergence, self.span)):
+            if entry.flags.sampled:
+                raise AssayError(
+                    f"distill.mgsr: the term {entry.name} works only on text as the student drew it, and here the "
+                    f"teacher puts tokens of it right: name another term."
+                )
 
 
 def terms(config: Config) -> tuple[Component, ...]:

@@ -282,9 +282,22 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
         names = [str(shard["file"]) for shard in manifest.shards]
+        _check_rows(manifest)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise AssayError(f"{path} does not describe a teacher's outputs ({error}): {REMEDY}.") from error
     for number, name in enumerate(names):
         if name != shard_name(number) or not (folder / name).is_file() or (folder / name).is_symlink():
             raise AssayError(f"{folder / name} is missing or is not the file itself: {REMEDY}.")
     return manifest
+
+
+def _check_rows(manifest: Manifest) -> None:
+    """ValueError unless the shards hold all rows and all tokens, one behind the other."""
+    row = tokens = 0
+    for shard in manifest.shards:
+        start, stop = shard["rows"]
+        if start != row or stop < start:
+            raise ValueError(f"a shard begins with row {start} where {row} comes")
+        row, tokens = stop, tokens + shard["tokens"]
+    if (row, tokens) != (manifest.rows, manifest.tokens):
+        raise ValueError(f"its shards have {row} rows and {tokens} tokens")

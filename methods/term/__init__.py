@@ -14,7 +14,8 @@ A term file holds ``Config`` (a ``Weighted`` or ``Softened``) and exactly one of
 and says in constants what it needs: ``TEACHER`` (default True), ``HIDDEN`` and ``ATTENTION`` (False), ``TOP_K``
 (False: valid from a teacher's largest entries and one bucket for the rest), ``RECORDED`` and ``ENSEMBLE`` (True, where
 neither hidden states nor attention are looked at), ``CROSS_TOKENIZER`` (False), ``SAMPLED`` (False: works only on text
-that the student wrote) and ``WHOLE_BATCH`` (False: needs all rows of a batch at once). Optional functions:
+that the student drew), ``SAMPLE_ID`` (False: knows each row by its place in the data, which text that was written while
+training has not) and ``WHOLE_BATCH`` (False: needs all rows of a batch at once). Optional functions:
 
     check(config, student, teacher)         both ``config.json`` as mappings, before weights are loaded; AssayError
     prepare(config, setting) -> memory      once, before training
@@ -166,16 +167,17 @@ class View:
         """Logits [n,V] at the answer places, with gradient."""
         return self.student.at(self.index)
 
-    def teacher_logits(self) -> Tensor:
-        """The teacher's logits [n,V] at the same places."""
+    def teacher_logits(self, rows: slice | None = None) -> Tensor:
+        """The teacher's logits [n,V] at the same places, or [c,V] at some ``rows`` of them."""
         import torch
 
+        rows = slice(0, len(self.index)) if rows is None else rows
         if self.said is not None:
-            return self.said.logits(slice(0, len(self.index)))
+            return self.said.logits(rows)
         if self.teacher is None:
             raise AssayError("this term needs a teacher, and there is none.")
         with torch.no_grad():
-            return self.teacher.at(self.index)
+            return self.teacher.at(self.index[rows])
 
 
 @dataclass
@@ -214,6 +216,7 @@ class Flags:
     ensemble: bool
     cross_tokenizer: bool
     sampled: bool
+    sample_id: bool
     whole_batch: bool
 
 
@@ -221,7 +224,7 @@ def flags(module: ModuleType) -> Flags:
     """The constants of a term file.
 
     Raises:
-        AssayError: it has none or several of the functions that make a term.
+        AssayError: it has none or several of the functions that make a term, or ``TOP_K`` without ``divergence``.
     """
     forms = [name for name in FORMS if hasattr(module, name)]
     if len(forms) != 1:
@@ -229,6 +232,10 @@ def flags(module: ModuleType) -> Flags:
             f"{module.__name__} must define exactly one of {', '.join(FORMS)}; it has {', '.join(forms) or 'none'}."
         )
     said = {name: bool(getattr(module, name.upper())) for name in _NAMES if hasattr(module, name.upper())}
+    if said.get("top_k") and forms != ["divergence"]:
+        raise AssayError(
+            f"{module.__name__}: TOP_K is for a divergence alone; {forms[0]} is given the logits of all entries."
+        )
     inside = said.get("hidden", False) or said.get("attention", False)
     usual = dict.fromkeys(_NAMES, False) | {"teacher": True, "recorded": not inside, "ensemble": not inside}
     return Flags(form=forms[0], **(usual | said))

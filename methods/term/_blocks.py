@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from methods.stage import Term
+from methods.stage import AssayError, Term
 from methods.term import Entry, Look, Tokens
 from methods.term._top import Rest, buckets
 from methods.terms import widen
@@ -249,7 +249,8 @@ class _Work:
         found = entry.module.token_losses(entry.config, self._tokens(pull, block))
         if isinstance(found, Tensor):
             return {entry.name: found}
-        assert "loss" in found, f"{entry.name}: token_losses must return the term itself under the name loss"
+        if "loss" not in found:
+            raise AssayError(f"{entry.name}: token_losses must return the term itself under the name loss.")
         return {entry.name if key == "loss" else f"{entry.name}.{key}": value for key, value in found.items()}
 
     def _tokens(self, pull: Pull, block: _Block) -> Tokens:

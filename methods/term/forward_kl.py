@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from methods.term import Softened
+from methods.terms import relative_entropy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +39,4 @@ class Config(Softened):
 
 def divergence(config: Config, log_p: Tensor, log_q: Tensor) -> Tensor:
     """D(p‖q) of each row [n]."""
-    from methods.terms import relative_entropy
-
     return relative_entropy(log_p, log_q)

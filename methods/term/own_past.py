@@ -31,19 +31,20 @@ if TYPE_CHECKING:
     from methods.distill._past import Past
 
 TEACHER = False
+SAMPLE_ID = True
 USES = ("methods.term", "methods.distill", "methods.teacher")
 
 
+# The weight of the past.
+STRENGTH = 0.3
+
+
 @dataclass(frozen=True, kw_only=True)
-class Config(Weighted):
+class Remembering:
     """How far back the student looks, from when on, and how much of the past is kept."""
 
-    # the term's weight, the paper's lambda (the official README: 0.3; its parser: 0.16)
-    weight: Annotated[float, Ge(0)] = 0.3
     # both distributions are softened by it (official code: 5)
     temperature: Annotated[float, Gt(0)] = 5.0
-    # multiply the weight by temperature**2, as the paper does; the logged value stays without it
-    scale_by_temperature: bool = True
     # how many epochs earlier the past is (official code: 3; its README: 2 or 3)
     past_epochs: Annotated[int, Gt(0)] = 3
     # the last epoch without the term, counted from 0 (official code: 5)
@@ -52,6 +53,16 @@ class Config(Weighted):
     top_k: Annotated[int, Gt(0)] = 64
     # a past that would take more than this, in gigabytes, is refused before training
     history_gigabytes: Annotated[float, Gt(0), How] = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Remembering, Weighted):
+    """The past, and its weight."""
+
+    # the term's weight, the paper's lambda (the official README: 0.3; its parser: 0.16)
+    weight: Annotated[float, Ge(0)] = STRENGTH
+    # multiply the weight by temperature**2, as the paper does; the logged value stays without it
+    scale_by_temperature: bool = True
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from methods.term import Tokens, Weighted
 if TYPE_CHECKING:
     from torch import Tensor
 
-REVISION = 1
 USES = ("methods.term", "methods.terms")
 # 1 for the tokens of a row that is distilled, 0 for those of the others.
 MARK = "distilled"

@@ -98,7 +98,7 @@ def terms(config: Config, view: View) -> Mapping[str, Term]:
             return nothing(view.student)
         wider = slice(rows.start, rows.stop + 1)
         student = (view.student.at(index[wider]) / config.temperature).softmax(-1)
-        teacher = (teacher_block(view, wider) / config.temperature).softmax(-1)
+        teacher = (view.teacher_logits(wider) / config.temperature).softmax(-1)
         return pair_distances(teacher, student)[inside].sum()
 
     # The last place begins no pair.
@@ -113,17 +113,6 @@ def joined(view: View) -> Tensor:
     if edges is None:
         return neighbours
     return neighbours & edges.lasts[targets[:-1]] & edges.goes_on[targets[1:]]
-
-
-def teacher_block(view: View, rows: slice) -> Tensor:
-    """The teacher's logits [c,V] at some of the answer places."""
-    import torch
-
-    if view.said is not None:
-        return view.said.logits(rows)
-    assert view.teacher is not None  # the term has no TEACHER = False
-    with torch.no_grad():
-        return view.teacher.at(view.index[rows])
 
 
 def pair_distances(teacher: Tensor, student: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _parts(stage: Stage) -> Mapping[str, Any]:
     from methods.data import Style, encode, read_cases
 
     config, source = stage.config, stage.parents["model"]
-    rows = stage.rows("data")
+    rows = stage.data.rows(config.data)
     if is_classifier(source):
         return {"train": read_cases(rows, config.data)}
     return {"train": encode(rows, load_tokenizer(source), Style.read(source), config.context_tokens)}

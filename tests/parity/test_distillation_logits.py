@@ -246,7 +246,10 @@ def test_taid_follows_the_official_schedule(case: Case) -> None:
         agree(loss, expected["loss"][step], **near, what=f"loss {step}")
         assert student.grad is not None
         agree(student.grad, expected["grad_student_logits"][step], **slopes, what=f"gradient {step}")
-        before, values = values, numbers.after({**values, "step": float(step)}, {"taid": float(loss.detach())})
+        before, values = (
+            values,
+            numbers.after({**values, "step": float(step)}, {"taid": float(loss.detach())}),
+        )
         for name, key in (("t_after", "taid.t"), ("momentum_after", "taid.momentum")):
             agree(torch.tensor(values[key]), expected[name][step], **near, what=f"{name} {step}")
         assert values["taid.t"] >= before["taid.t"]
