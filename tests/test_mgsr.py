@@ -101,6 +101,18 @@ def test_a_learned_window_weighs_ranks() -> None:
     assert found["kept"].tolist() == pytest.approx([sum(weights)], rel=1e-6)
 
 
+@pytest.mark.parametrize("window", ["soft", "straight_through"])
+def test_a_learned_window_always_keeps_the_target(window: str) -> None:
+    """Its weight is 1 also where it is the least likely entry, and the bounds lie above it."""
+    above = torch.tensor([[50.0, 50.0]])
+    kept = []
+    for keep in (True, False):
+        config, _ = learned(keep_target=keep, sharpness=0.01, least_entries=1, window=window)
+        given = tokens(EVEN, UNEVEN, target=0, companion=lambda features: above)
+        kept.append(float(dac_kl.token_losses(config, given)["kept_mass"]))
+    assert kept[0] - kept[1] == pytest.approx(0.1, abs=1e-6)
+
+
 def test_missing_mass_is_paid_for() -> None:
     narrow = torch.tensor([[-9.0, -9.0]])
     free, paid = (learned(keep_target=False, mass_penalty=factor)[0] for factor in (0.0, 2.0))

@@ -84,6 +84,13 @@ def test_ends_are_left_out_where_asked_for() -> None:
     assert float(value(WHOLE, look(student), look(teacher), mine, its)) == pytest.approx(0.5)
     for options in ({"skip_student_end": True}, {"skip_student_end": False, "skip_teacher_end": True}):
         assert float(value(uld.Config(**options), look(student), look(teacher), mine, its)) == 0.0
+    # where the student has one token more, leaving out its end leaves the two pairs as they are
+    longer = part([[-100, 0, 0, 0]]), look(same_everywhere([0.5, 0.5], 4))
+    for skip, expected in ((True, 0.5), (False, 0.5)):
+        config = uld.Config(skip_student_end=skip, skip_teacher_end=False)
+        assert float(value(config, longer[1], look(teacher), longer[0], its)) == pytest.approx(expected)
+    config = uld.Config(skip_student_end=False, skip_teacher_end=True)
+    assert float(value(config, longer[1], look(teacher), longer[0], its)) == 0.0
 
 
 def test_an_answer_of_which_nothing_is_left_counts_as_0() -> None:

@@ -25,7 +25,8 @@ class Masked(Taught):
     kl: Annotated[float, Ge(0)] = 0.67
     # weight of the distance of the hidden states (0 in both recipes)
     squarehead: Annotated[float, Ge(0)] = 0.0
-    # both distributions are softened by it (2, fixed in the code)
+    # both distributions are softened by it (GPT-2: 2, fixed in the code; LLaMA-2-7B: 2, which its yaml must say, or the
+    # code takes 0.5)
     temperature: Annotated[float, Gt(0)] = 2.0
     # where the divergence is taken; upstream has packed text, and takes it at every position
     positions: term.Positions = "answers"

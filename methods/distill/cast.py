@@ -11,12 +11,13 @@ Nothing is masked while the model is trained: what the mask would zero shrinks u
 changes next to nothing. ``scaling`` gives every output of a linear layer a factor s, trained with the weights, which
 makes up for what the others have lost; it is multiplied into the written weights.
 
-No code of the authors was found, and of the paper only the abstract and summaries. From these come the mask of the n:m
-largest drawn anew every 10 steps, an L1 decay of masked weights alone that "promotes uniform sparsification across all
-parameters", scaling of weights, and the dense model as the teacher. Ours are: that the decay stands apart from Adam's
-fraction (inside it every weight would shrink at another speed), its strength and its straight way up over the whole
-training, and that the factors belong to outputs and are learnt. Weights of the terms and the temperature are not
-verified: they are those of AST, and so are learning rate and schedule. No parity with the paper is claimed.
+No code of the authors was found, and of the paper only the abstract and summaries. From these come the optimizer AdamS
+(the mask of the n:m largest drawn anew every 10 steps, an adaptive L1 decay of masked weights alone that "promotes
+uniform sparsification across all parameters"), scaling of weights, and the dense model as the teacher. Ours are: that
+the decay stands apart from Adam's fraction (inside it every weight would shrink at another speed), its strength and its
+straight way up over the whole training, and that the factors belong to outputs and are learnt. Weights of the terms and
+the temperature are not verified: they are those of AST, and so are learning rate and schedule. No parity with the paper
+is claimed.
 
 ``decay`` counts in steps of Adam, whose own are no longer than ``rate``: from 1 on no gradient keeps a masked weight
 alive. In all it shrinks a weight by about rate * decay * steps / 2, which must be more than the largest masked weight:

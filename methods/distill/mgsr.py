@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Le
 
-from methods.distill import known
 from methods.distill._rollouts import Writer, Written
 from methods.stage import AssayError, Claim, Component, LossTerm
-from methods.term import of
+from methods.term import entries, of
 
 if TYPE_CHECKING:
     from methods.distill._revision import Revision
@@ -72,7 +71,7 @@ class Config(Written):
             raise AssayError(
                 f"distill.mgsr: {twice} stands in two places of the loss; name another term as divergence or span."
             )
-        for entry in known((self.divergence, self.span)):
+        for entry in entries((self.divergence, self.span)):
             if entry.flags.sampled:
                 raise AssayError(
                     f"distill.mgsr: the term {entry.name} works only on text as the student drew it, and here the "
