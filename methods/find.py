@@ -92,7 +92,14 @@ class Catalogue:
 
     def component(self, kind: str, name: str) -> Found:
         """The component ``name`` of ``kind``, or a sentence with the nearest one."""
-        return self._get(self.components, f"{kind}.{name}", f"component of kind {kind}")
+        if found := self.components.get(f"{kind}.{name}"):
+            return found
+        others = self.component_kinds(name)
+        of_another = f"{name} is a component of kind {others[0]}; " if others else ""
+        near = nearest(
+            name, (found.name.partition(".")[2] for found in self.components.values() if found.family == kind)
+        )
+        raise AssayError(f"{of_another}there is no component of kind {kind} called {name!r}{near}")
 
     def evaluation(self, name: str) -> Found:
         """The evaluation of that name, or a sentence with the nearest one."""

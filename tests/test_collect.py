@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from methods.stage import AssayError
 from tests.toy import experiments as toy
-from workflows import collect
+from workflows import collect, specs
 from workflows.collect import CURVE_COLUMNS, JOB_COLUMNS, RESULT_COLUMNS, Collector
 from workflows.plan import Plan
 from workflows.record import SPENT_LATER, Failure, Job, Record, RowEntry, write_atomic
@@ -425,11 +426,20 @@ def test_the_parquet_copy_has_the_same_rows(written: Path) -> None:
 
 @pytest.mark.parametrize(
     ("claim", "sentence"),
-    [({"sentance": "x"}, "there is no key 'sentance'"), ({"sentence": "x"}, "claim 3: .*missing")],
+    [
+        ({"sentance": "x"}, "there is no key 'sentance'"),
+        ({"sentence": "x"}, "claim 3: .*missing"),
+        (CLAIM | {"relation": "recover"}, "claim 3: relation is one of higher, .*, recovers, not 'recover'"),
+        (CLAIM | {"scope": "papers"}, "claim 3: scope is one of paper, scaled, not 'papers'"),
+        (
+            CLAIM | {"relation": "recovers", "other": "pruned"},
+            "claim 3: recovers needs other, .*, and intact",
+        ),
+    ],
 )
 def test_a_malformed_claim_is_a_sentence(claim: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(collect.AssayError, match=sentence):
-        collect.own_claim(claim, 3)
+    with pytest.raises(AssayError, match=sentence):
+        specs.own_claim(claim, 3)
 
 
 # --- stale results --------------------------------------------------------------------------------------------------

@@ -300,6 +300,8 @@ def mixed(*terms: Component, **options: Any) -> Any:
     [
         ({"ensemble": (TEACHER, TEACHER), "teacher": TEACHER}, "there is teacher= and ensemble="),
         ({"teacher": None}, "give one teacher: .* there is none of them"),
+        ({"ensemble": (TEACHER,)}, "of two chains or more: with one alone write teacher=CHAIN"),
+        ({"teacher": TEACHER, "ensemble_mean": "logits"}, "ensemble_mean is for an ensemble"),
     ],
 )
 def test_a_stage_has_one_teacher(options: dict[str, Any], sentence: str) -> None:
@@ -314,7 +316,7 @@ def test_a_stage_has_one_teacher(options: dict[str, Any], sentence: str) -> None
         (("forward_kl",), {"teacher": None}, "the term forward_kl needs a teacher: give teacher=CHAIN"),
         (
             ("cross_entropy", "squarehead"),
-            {"ensemble": (TEACHER,)},
+            {"ensemble": (TEACHER, TEACHER)},
             "squarehead needs hidden states, and several",
         ),
         (
@@ -330,10 +332,11 @@ def test_a_stage_has_one_teacher(options: dict[str, Any], sentence: str) -> None
         ),
         (
             ("uld", "cross_entropy"),
-            {"ensemble": (TEACHER,)},
+            {"ensemble": (TEACHER, TEACHER)},
             "uld needs one model, and several models together",
         ),
         (("sampled_reverse_kl",), {}, "works only on text that the student wrote"),
+        (("policy_gradient",), {}, "works only on text that the student wrote"),
         (("dist",), {"micro_batch": 4, "batch": 8}, "dist compares all rows of a batch with each other"),
     ],
 )
@@ -596,7 +599,8 @@ def test_each_of_two_terms_of_a_kind_has_its_own_numbers() -> None:
     numbers = Mixture([of("taid", t_start=0.2), of("taid", t_start=0.4)]).adaptive(10)
     assert numbers is not None
     assert (numbers.start["taid.t"], numbers.start["taid.2.t"]) == (0.2, 0.4)
-    means = {"taid": 1.0, "taid.2": 1.0}
+    means = {"taid": 1.0, "taid.2": 2.0}
     after = numbers.after({**numbers.after({**numbers.start, "step": 4.0}, means), "step": 5.0}, means)
     assert after.keys() == numbers.start.keys()
     assert after["taid.2.t"] > after["taid.t"] > 0.2
+    assert (after["taid.previous"], after["taid.2.previous"]) == (1.0, 2.0)

@@ -1,14 +1,20 @@
-"""The numbers that a distillation method has where nothing is said are those of its paper or code."""
+"""What a recipe of distillation is made of, and that its numbers, where nothing is said, are those of its source."""
 
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from methods.distill import distillm, gkd
+from methods.distill._rollouts import Writer
 from methods.find import catalogue
+from methods.stage import Parent
+from methods.term import of
 
+TEACHER = Parent("model.new-000000000000")
 TERMS: dict[str, dict[str, Any]] = {
     "forward_kl": {"temperature": 1.0, "scale_by_temperature": True, "rest": "tail", "positions": "answers"},
     "reverse_kl": {"temperature": 1.0, "scale_by_temperature": False},
@@ -70,3 +76,90 @@ def test_a_recipe_is_that_of_its_source(name: str) -> None:
 def test_a_learning_rate_is_that_of_its_source(name: str) -> None:
     found = defaults(catalogue().method(f"distill.{name}").load().Config)["optimizer"]
     assert (found.name, found.options["learning_rate"]) == ("adamw", RATES[name])
+
+
+# Options of a recipe, each another number, and the terms that they become.
+RECIPES: list[Any] = [
+    (
+        "gkd",
+        {"beta": 0.2, "temperature": 2.0, "sampling_temperature": 0.7},
+        [of("jsd", beta=0.2, temperature=2.0)],
+    ),
+    ("distillm", {"direction": "forward", "skew": 0.3}, [of("skew_forward_kl", skew=0.3)]),
+    ("distillm", {"direction": "reverse", "skew": 0.3}, [of("skew_reverse_kl", skew=0.3)]),
+    (
+        "minillm",
+        {"clip_ratio": 0.1, "temperature": 2.0, "single_step": 3.0, "language_model": 5.0, "kd_share": 0.2},
+        [
+            of("policy_gradient", clip_ratio=0.1, temperature=2.0),
+            of("reverse_kl", weight=3.0, temperature=2.0),
+            of("cross_entropy", weight=4.0),
+            of("forward_kl", weight=1.0),
+        ],
+    ),
+    *(
+        (
+            name,
+            {"cross_entropy": 2.0, "kl": 3.0, "squarehead": 4.0, "temperature": 5.0, "positions": "all"},
+            [
+                of("cross_entropy", weight=2.0),
+                of("forward_kl", weight=3.0, temperature=5.0, positions="all"),
+                of("squarehead", weight=4.0),
+            ],
+        )
+        for name in ("ast", "cast")
+    ),
+    (
+        "matryoshka_kv",
+        {"cross_entropy": 2.0, "kl": 3.0, "temperature": 5.0, "positions": "answers"},
+        [of("cross_entropy", weight=2.0), of("forward_kl", weight=3.0, temperature=5.0)],
+    ),
+    (
+        "lingu_distill",
+        {"cross_entropy": 2.0, "kl": 3.0, "temperature": 5.0},
+        [of("selective", cross_entropy=2.0, kl=3.0, temperature=5.0)],
+    ),
+    (
+        "mgsr",
+        {"cross_entropy": 2.0},
+        [of("cross_entropy", weight=2.0), of("dac_kl"), of("span_consistency")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "terms"), RECIPES)
+def test_options_of_a_recipe_go_into_its_terms(name: str, options: dict[str, Any], terms: list[Any]) -> None:
+    module = catalogue().method(f"distill.{name}").load()
+    found = module.terms(module.Config(teacher=TEACHER, **options))
+    chosen = list(found.values()) if isinstance(found, dict) else list(found)
+    filled = [of(each.name, **each.options) for each in chosen]
+    assert sorted(filled, key=str) == sorted(terms, key=str)
+
+
+def test_the_policy_gradient_and_the_single_step_are_about_what_was_written() -> None:
+    minillm, mgsr = (catalogue().method(f"distill.{name}").load() for name in ("minillm", "mgsr"))
+    written = minillm.term_parts(minillm.Config(teacher=TEACHER))
+    assert written == {"policy_gradient": "rollouts", "reverse_kl": "rollouts"}
+    revised = mgsr.term_parts(mgsr.Config(teacher=TEACHER))
+    assert revised == {"dac_kl": "revised", "span_consistency": "revised"}
+
+
+@pytest.mark.parametrize("module", [gkd, distillm])
+def test_the_student_writes_at_the_sampling_temperature(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(Exception):
+        """Carries the temperature out."""
+
+    def note(setting: Any, temperature: float, *beside: Any) -> None:
+        raise Seen(temperature)
+
+    monkeypatch.setattr(Writer, "of", note)
+    setting: Any = SimpleNamespace(
+        examples=[], student_folder="", stage=SimpleNamespace(rows=lambda name: []), tokenizer=None, steps=1
+    )
+    monkeypatch.setattr("methods.data.Style.read", lambda folder: None)
+    monkeypatch.setattr("methods.data.encode", lambda *_: [])
+    monkeypatch.setattr(distillm, "Validation", lambda *_: None)
+    options = {"teacher": TEACHER, "sampling_temperature": 0.7}
+    with pytest.raises(Seen) as found:
+        module.writing(module.Config(**options), setting)
+    assert found.value.args == (0.7,)

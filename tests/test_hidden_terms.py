@@ -213,6 +213,8 @@ def test_layers_that_are_not_there_or_named_twice_are_refused() -> None:
         matched(((1, 5),), 2, 4)
     with pytest.raises(AssayError, match="each layer of the student only once"):
         matched(((1, 2), (1, 3)), 2, 4)
+    with pytest.raises(AssayError, match="hidden_mse: layers needs one pair or more"):
+        term("hidden_mse").Config(layers=())  # before there are models
 
 
 def test_gpt2_says_the_same_in_its_own_words() -> None:

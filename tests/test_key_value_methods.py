@@ -362,6 +362,7 @@ def folder_with(folder: Path, **changes: Any) -> Path:
             {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
             "rotary embedding is rope_theta=500000.0, rope_type=default and the student's rope_theta=10000.0",
         ),
+        ({"key_rank": 4, "value_rank": 4}, "the teacher keeps its keys and values in bases of its own"),
     ],
 )
 def test_a_teacher_of_another_shape_is_refused_from_its_configuration(

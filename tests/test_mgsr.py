@@ -58,6 +58,15 @@ def test_fixed_bounds_keep_what_lies_between_two_quantiles() -> None:
     assert found["kept_mass"].tolist() == pytest.approx([0.7])
 
 
+@pytest.mark.parametrize("level", [0.0, 0.1, 0.29, 0.5, 0.57, 0.95, 1.0])
+def test_quantiles_are_those_of_torch_to_the_last_digit(level: float) -> None:
+    falling = torch.rand(5, 101, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).sort(
+        descending=True
+    )
+    expected = torch.quantile(falling.values, level, dim=-1, keepdim=True)
+    assert dac_kl.quantile(falling.values, level).equal(expected)
+
+
 def test_the_target_stays_unless_asked_otherwise() -> None:
     for keep, count in ((True, 3.0), (False, 2.0)):
         config = dac_kl.Config(lower_quantile=0.5, keep_target=keep)

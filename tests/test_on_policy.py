@@ -505,6 +505,20 @@ def test_the_first_step_on_a_set_has_the_importance_as_its_ratio() -> None:
     assert all(not values[~mask].any() for values in part.extra.values())
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_the_teacher_has_its_share_in_what_is_written(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, model = rollouts_of(teacher_share=share)
+    write, asked = type(made.writer).rollouts, []
+
+    def noted(self: Any, prompts: Any, models: Any, shares: Any, step: int) -> Any:
+        asked.append(dict(zip(map(id, models), shares, strict=True)))
+        return write(self, prompts, models, shares, step)
+
+    monkeypatch.setattr(type(made.writer), "rollouts", noted)
+    made.parts(0, {}, model)
+    assert asked == [{id(model): pytest.approx(1 - share), id(made.teacher): pytest.approx(share)}]
+
+
 def test_advantages_are_whitened_over_all_positions_up_to_the_longest_answer() -> None:
     made, _ = rollouts_of(max_new_tokens=3, gamma=0.5)
     rollouts = [Rollout((5,), (6, 7), 0, {"reward": (1.0, 2.0)}), Rollout((5,), (6,), 0, {"reward": (-1.0,)})]

@@ -91,6 +91,8 @@ def test_a_rest_too_small_for_its_sum_to_one_still_pulls() -> None:
         found.append((float(rest.detach()), slope.double()))
     assert found[0][0] == pytest.approx(math.log(math.exp(-20) + math.exp(-21)), rel=1e-6)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-7)
+    _, kept = buckets(torch.tensor([[-0.5]]), where, exact.float().log_softmax(-1))
+    assert float(kept[0, 1]) == pytest.approx(found[1][0], rel=1e-6)
     assert float(log_one_less(torch.tensor(-1e-12, dtype=torch.float64))) == pytest.approx(
         math.log(1e-12), rel=1e-3
     )

@@ -329,6 +329,8 @@ def test_the_planner_accepts_what_can_be_drawn(tmp_path: Path, text: str) -> Non
      ("figures: {f: {kind: matched, x: tasks.x, y: tasks.y recovered towards target}}", "in absolute numbers"),
      ("figures: {f: {kind: scatter, x: tasks.x, y: tasks.y recovered towards targt}}", "did you mean 'target'?"),
      ("claims: [{sentence: s, source: s, subject: a, relation: lower, metric: tasks.x recovered towards targt}]",
+      "claim 1: 'targt' names no chain or model; did you mean 'target'?"),
+     ("claims: [{sentence: s, source: s, subject: a, relation: recovers, metric: tasks.x, other: b, intact: targt}]",
       "claim 1: 'targt' names no chain or model; did you mean 'target'?")],
 )  # fmt: skip
 def test_the_planner_says_what_cannot_be_drawn(tmp_path: Path, text: str, sentence: str) -> None:

@@ -344,6 +344,14 @@ def test_what_is_only_logged_stands_beside_its_term_with_weight_0() -> None:
     assert float(terms["own.kept"].sum.detach()) == pytest.approx(float(logits.detach()[:, 0].sum()))
 
 
+def test_a_term_that_returns_anything_but_a_number_for_each_token_is_refused() -> None:
+    for wrong in (lambda config, tokens: tokens.student, lambda config, tokens: tokens.student.sum()):
+        with pytest.raises(
+            AssayError, match=r"own: token_losses must return one number for each of 2 tokens"
+        ):
+            run([pulled(wrong)], Small(), part_of())
+
+
 def test_a_term_of_weight_0_is_computed_without_a_gradient_and_logged() -> None:
     seen = []
 
@@ -487,6 +495,15 @@ def test_a_live_teacher_is_run_once_for_all_places_of_a_part() -> None:
 
     Mixture(TERMS).terms(Small(), Live(counted), batch_of(part_of()))
     assert len(runs) == 1
+    # Another part is asked for anew.
+    source, one, other = Live(teacher), part_of(), part_of()
+    other = replace(other, input_ids=other.input_ids.flip(0))
+    source.said(one, places(one))
+    rows = slice(0, len(places(other)))
+    torch.testing.assert_close(
+        source.said(other, places(other)).logits(rows), Live(teacher).said(other, places(other)).logits(rows)
+    )
+    assert not torch.allclose(source.look(other).states, Live(teacher).look(one).states)
 
 
 def test_a_live_teacher_gets_no_gradient() -> None:

@@ -514,7 +514,14 @@ class Builder:
     def content(self, name: str) -> str:
         """The digest of a data set (read once a plan)."""
         if name not in self._digests:
-            self._digests[name] = self.locator.digest(name)
+            try:
+                self._digests[name] = self.locator.digest(name)
+            except AssayError:
+                if name.partition("[")[0] not in self.experiment.chains:
+                    raise
+                raise AssayError(
+                    f"{name!r} is no data set but a chain: an option that takes a chain names it without quotes."
+                ) from None
         return self._digests[name]
 
     def _resources(self, method: str, shorthand: str | None) -> dict[str, float]:

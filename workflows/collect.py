@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.find import catalogue
-from methods.stage import AssayError, Claim
+from methods.stage import AssayError
 from workflows import machine
 from workflows.plan import Plan, Point, Shown
 from workflows.record import (
@@ -33,7 +33,7 @@ from workflows.record import (
     read_record,
     write_atomic,
 )
-from workflows.specs import PROFILE
+from workflows.specs import PROFILE, own_claim
 
 RESULT_COLUMNS = (
     "experiment", "chain", "label", "model_id", "score_id", "base", "family", "method", "options", "swept", "seed",
@@ -305,20 +305,6 @@ class Collector:
         write_atomic(folder / "jobs.csv", _csv(JOB_COLUMNS, self.jobs()))
         write_atomic(folder / "curves.csv", _csv(CURVE_COLUMNS, self.curves()))
         _write_parquet(folder)
-
-
-def own_claim(values: dict[str, Any], number: int) -> Claim:
-    """A claim written in an experiment file."""
-    known = {field.name for field in dataclasses.fields(Claim)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise AssayError(
-            f"claim {number}: there is no key {unknown[0]!r}; there are: {', '.join(sorted(known))}."
-        )
-    try:
-        return Claim(**values)
-    except TypeError as error:
-        raise AssayError(f"claim {number}: {error}.") from None
 
 
 def _cost(evaluation: str, metric: str, value: float | None, unit: str, better: str) -> RowDict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -257,7 +258,8 @@ class _Builder:
             return self.refer(option, name)
         kinds = self.catalogue.component_kinds(name.text)
         if option.kind in kinds:
-            raise AssayError(f"{method}: {name.text} is a component; write {option.name}={name.text}().")
+            called = f"[{name.text}()]" if option.several else f"{name.text}()"
+            raise AssayError(f"{method}: {name.text} is a component; write {option.name}={called}.")
         hint = f"write {WORDS[name.text]}" if name.text in WORDS else "text needs quotes"
         raise AssayError(f"{method}: {name.text} is no value for {option.name}; {hint}.")
 
@@ -280,7 +282,9 @@ class _Builder:
         try:
             checked = _adapter(config_class, option.name).validate_python(value)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
+            # Of several forms that an option may have, the last one is the list.
+            reason = error.errors()[-1 if isinstance(value, tuple) else 0]["msg"]
+            reason = re.sub("tuple", "list", reason, flags=re.IGNORECASE)
             raise AssayError(
                 f"{method}: {option.name}={format_value(value)}: {reason[0].lower()}{reason[1:]}."
             ) from None
@@ -299,6 +303,8 @@ class _Builder:
         for item in items:
             if not (isinstance(item, wanted) or (item is None and option.optional)):
                 what = _wanted(option)
+                if isinstance(item, str) and option.kind in self.catalogue.component_kinds(item):
+                    what = f"{what}: write {item}(), without quotes"
                 raise AssayError(f"{method}: {option.name}={format_value(item)}: this option takes {what}.")
         return value
 

@@ -9,13 +9,14 @@ planner refuses with the same sentences, before anything runs, that the report w
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from methods.find import nearest
-from methods.stage import AssayError
+from methods.stage import AssayError, Claim
 
 if TYPE_CHECKING:
     from workflows.experiment import Experiment
@@ -349,8 +350,33 @@ def check_experiment(experiment: Experiment) -> None:
                 )
             if section == "tables" and kind_of(spec, section) == "matched":
                 _check_kept(where, spec, experiment)
-    for number, claim in enumerate(experiment.claims, start=1):
-        _check_metric(f"claim {number}", str(claim.get("metric", "")), known)
+    for number, values in enumerate(experiment.claims, start=1):
+        claim = own_claim(values, number)
+        _check_metric(f"claim {number}", claim.metric, known)
+        _check_names(f"claim {number}", [claim.intact] if claim.intact else [], known)
+
+
+def own_claim(values: Mapping[str, Any], number: int) -> Claim:
+    """A claim written in an experiment file. AssayError for other keys or words than ``Claim`` has."""
+    known = {field.name for field in dataclasses.fields(Claim)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise AssayError(
+            f"claim {number}: there is no key {unknown[0]!r}; there are: {', '.join(sorted(known))}."
+        )
+    try:
+        claim = Claim(**values)
+    except TypeError as error:
+        raise AssayError(f"claim {number}: {error}.") from None
+    for name in ("relation", "scope"):
+        words = get_args(get_type_hints(Claim)[name])
+        if getattr(claim, name) not in words:
+            raise AssayError(f"claim {number}: {name} is one of {', '.join(words)}, not {values[name]!r}.")
+    if claim.relation == "recovers" and not (claim.other and claim.intact):
+        raise AssayError(
+            f"claim {number}: recovers needs other, the broken model, and intact, the chain before it was broken."
+        )
+    return claim
 
 
 def compared_with(spec: Spec, section: str) -> Iterator[str]:

@@ -24,6 +24,12 @@ class Choosing:
     # how many rows are kept; where given, it wins over ``share``
     rows: Annotated[int, Gt(0)] | None = None
 
+    def __post_init__(self) -> None:
+        """One of the two."""
+        if self.rows is None and self.share is None:
+            method = ".".join(type(self).__module__.split(".")[-2:])
+            raise AssayError(f"{method}: give share or rows: nothing says how many rows are kept.")
+
 
 def rows_of(stage: Stage) -> list[dict[str, Any]]:
     """The rows to choose from. AssayError where there are none."""
@@ -37,11 +43,9 @@ def wanted(stage: Stage, rows: Sequence[Any]) -> int:
     """How many rows are kept, one at least.
 
     Raises:
-        AssayError: neither ``share`` nor ``rows`` is given, or there are fewer rows than that.
+        AssayError: there are fewer rows than that.
     """
     config: Choosing = stage.config
-    if config.rows is None and config.share is None:
-        raise AssayError(f"{stage.method}: give share or rows: nothing says how many rows are kept.")
     if config.rows is None:
         return max(1, round((config.share or 0.0) * len(rows)))
     if config.rows > len(rows):

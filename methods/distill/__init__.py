@@ -119,6 +119,10 @@ class Distilling(Recovering):
             raise AssayError(
                 f"give one teacher: teacher=CHAIN, ensemble=[CHAIN, CHAIN] or recorded=CHAIN; there is {found}."
             )
+        if self.ensemble is not None and len(self.ensemble) < 2:
+            raise AssayError("an ensemble is of two chains or more: with one alone write teacher=CHAIN.")
+        if self.ensemble is None and self.ensemble_mean != "probabilities":
+            raise AssayError("ensemble_mean is for an ensemble, and there is none: leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,16 +155,15 @@ def refuse_terms(
         AssayError: a term needs what this teacher cannot give, or there is a teacher and nobody asks it.
     """
     given = given_sources(config) or ["teacher"] * own
-    asking = [entry for entry in found if entry.flags.teacher]
-    if given and not asking:
-        names = ", ".join(entry.name for entry in found)
-        raise AssayError(
-            f"{method}: no term asks a teacher ({names}): leave out {given[0]}, or add forward_kl()."
-        )
     for entry in found:
         problem = _problem(entry, given[0] if given else None, writes)
         if problem:
             raise AssayError(f"{method}: the term {entry.name} {problem}.")
+    if given and not any(entry.flags.teacher for entry in found):
+        names = ", ".join(entry.name for entry in found)
+        raise AssayError(
+            f"{method}: no term asks a teacher ({names}): leave out {given[0]}, or add forward_kl()."
+        )
     if all(entry.weight == 0 for entry in found):
         raise AssayError(f"{method}: the weights of all terms are 0; set one of them above 0.")
     for entry in found:

@@ -88,10 +88,16 @@ def refuse_unshareable(student: Path, teacher: Path) -> None:
     """Whether a teacher can attend to a student's keys and values, from their configurations alone.
 
     Raises:
-        AssayError: other layers, key-value heads, head sizes or rotary embeddings.
+        AssayError: other layers, key-value heads, head sizes or rotary embeddings, or keys in bases of their own.
     """
     from methods.distill import text_config
 
+    for whose, folder in (("student", student), ("teacher", teacher)):
+        if text_config(folder).get("key_rank") is not None:
+            raise AssayError(
+                f"the {whose} keeps its keys and values in bases of its own (distill.matryoshka_kv), in which another "
+                "model's queries mean nothing: share them first, and narrow the cache afterwards."
+            )
     ours, theirs = _shape(text_config(student)), _shape(text_config(teacher))
     for what, mine in ours.items():
         if mine != theirs[what]:

@@ -238,7 +238,9 @@ class _Work:
         found: dict[str, Tensor] = {}
         for pull in self.pulls:
             with torch.set_grad_enabled(torch.is_grad_enabled() and pull.entry.weight > 0):
-                found |= self._of(pull, block)
+                values = self._of(pull, block)
+            _refuse_other_shapes(pull.entry, values, len(logits))
+            found |= values
         return found
 
     def _of(self, pull: Pull, block: _Block) -> dict[str, Tensor]:
@@ -266,6 +268,16 @@ class _Work:
             companion=pull.companion,
             extra={name: values[rows] for name, values in self.places.extra.items()},
         )
+
+
+def _refuse_other_shapes(entry: Entry, values: Mapping[str, Tensor], tokens: int) -> None:
+    """AssayError unless a term's file returns a number for each token."""
+    for name, value in values.items():
+        if value.shape != (tokens,):
+            raise AssayError(
+                f"{name}: {entry.flags.form} must return one number for each of {tokens} tokens, [{tokens}]; it "
+                f"returned {list(value.shape)}."
+            )
 
 
 class _Block:

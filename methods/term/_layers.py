@@ -33,6 +33,11 @@ class Matched(Weighted):
     # compare W h with the teacher's state, W trained with the student and thrown away (needed for different widths)
     project: bool = False
 
+    def __post_init__(self) -> None:
+        """Pairs that no model could have are refused while planning."""
+        if not isinstance(self.layers, str):
+            _refuse_impossible(self.layers, _name(self))
+
 
 # --- layers ---------------------------------------------------------------------------------------------------
 
@@ -41,7 +46,7 @@ def pairs(config: Matched, student: int, teacher: int, name: str) -> Pairs:
     """(student layer, teacher layer) of what is compared, where the models have so many layers.
 
     Raises:
-        AssayError: different depths and no rule for them, or a layer that is not there or named twice.
+        AssayError: different depths and no rule for them, or a layer that is not there.
     """
     if config.layers == "same":
         _refuse_different_depths(student, teacher, name)
@@ -81,6 +86,9 @@ def _refuse_absent(chosen: Pairs, student: int, teacher: int, name: str) -> None
                 f"{name}: layers has the pair [{mine}, {its}], but the student's layers are 0 to {student} and the "
                 f"teacher's 0 to {teacher} (0: the embedding's output)."
             )
+
+
+def _refuse_impossible(chosen: Pairs, name: str) -> None:
     if not chosen or len({mine for mine, _ in chosen}) < len(chosen):
         raise AssayError(f"{name}: layers needs one pair or more, and each layer of the student only once.")
 

@@ -193,7 +193,9 @@ def quantile(falling: Tensor, level: float) -> Tensor:
     below = min(math.floor(place), last)
     above = min(below + 1, last)
     low, high = falling[:, last - below, None], falling[:, last - above, None]
-    return low + (place - below) * (high - low)
+    share = place - below
+    # From the nearer of the two, as NumPy and torch: a level that means one of the values, but for rounding, gives it.
+    return low + share * (high - low) if share < 0.5 else high - (1 - share) * (high - low)
 
 
 def learned_window(config: Config, sides: Sorted, tokens: Tokens) -> Tensor:
