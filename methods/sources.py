@@ -9,8 +9,8 @@ A name is ``<folder>/<file stem>``; several are joined by ``+``; each may end in
 
 ``authors/*`` is generated (``methods.world``; ``authors`` alone is everything a tokenizer is trained on), and so is
 ``arithmetic/*`` (``methods.algorithmic``) and ``markov/*`` (``methods.markov``); ``digits/*`` is scikit-learn's
-(``methods.digits``). Anything else is a file
-below ``--config data=DIR`` or, where DIR has none, one of the hub sets in ``HUB``.
+(``methods.digits``). Anything else is a file below ``--config data=DIR`` or, where DIR has none, one of the hub sets
+in ``HUB``.
 ``methods.data`` re-exports ``Locator``; its REVISION covers this file, too.
 """
 
