@@ -6,6 +6,7 @@ Every fixture is one or two runs on the toy experiment, and leaves what its test
 from __future__ import annotations
 
 import csv
+import glob
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,11 @@ class Killed:
     both: list[Run]
 
 
+def _states(results: Path) -> list[Path]:
+    """The saved states of running jobs; ``glob`` overlooks a folder that vanishes, ``Path.glob`` does not."""
+    return [Path(found) for found in glob.glob(str(results / "scratch/*/state-*"))]
+
+
 @pytest.fixture(scope="module")
 def killed(first: Run, place: Path) -> Killed:
     """Killed right after a state was saved; then two invocations at once on the same results."""
@@ -160,7 +166,7 @@ def killed(first: Run, place: Path) -> Killed:
     environment = {"ASSAY_SAVE_EVERY_STEPS": "10"}
     started = runs.start(words, place / "killed.log", environment)
     deadline = time.monotonic() + LIMIT_SECONDS
-    while not (states := list(results.glob("scratch/*/state-*"))) and time.monotonic() < deadline:
+    while not (states := _states(results)) and time.monotonic() < deadline:
         assert started.running(), started.text
         time.sleep(0.002)
     started.kill()
