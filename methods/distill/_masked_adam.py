@@ -10,6 +10,7 @@ the gradients' own size. CAST's decay is one of the absolute value, and every hi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -191,7 +192,7 @@ class MaskedAdam(Optimizer):
         weight.addcdiv_(wanted, size, value=-group["lr"] / (1 - beta1**time))
 
 
-class _Wrapped:
+class _Wrapped(ABC):
     """An optimizer with something done to the masked weights after each of its steps."""
 
     def __init__(
@@ -233,8 +234,9 @@ class _Wrapped:
     def _before(self) -> list[Tensor]:
         return []
 
+    @abstractmethod
     def _after(self, before: list[Tensor], amount: float) -> None:
-        raise NotImplementedError
+        """What is done to the masked weights, ``amount`` being the decay times the learning rate."""
 
 
 class Pulled(_Wrapped):
